@@ -1,0 +1,193 @@
+package path
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/disco"
+)
+
+const (
+	// retryPing is how long an unanswered ping that somebody waits for stays alone.
+	retryPing = time.Second
+	// pingTTL is how long a pong may take. A later one is ignored.
+	pingTTL = 5 * time.Second
+	// idleAfter is how long a machine without work is kept; it holds the box key, which costs
+	// a scalar multiplication to make again, and the peer's allowance of answers.
+	idleAfter = time.Minute
+	// maxSent bounds the pings in flight to one peer.
+	maxSent = 64
+	// A peer's pings are answered at pongRate a second, after a burst of pongBurst: an upstream
+	// node pings every endpoint that it knows of, at once, and again as it likes.
+	pongRate  = 20
+	pongBurst = 60
+)
+
+// via is one way to a peer: by a relay region, or straight to an address. The zero value is
+// the relay by which the peer's data goes at that moment.
+type via struct {
+	region uint16
+	addr   netip.AddrPort
+}
+
+type actionKind uint8
+
+const (
+	sendPing   actionKind = iota + 1 // to, tx, pad
+	sendPong                         // to, tx, src
+	pingAnswer                       // req, result
+)
+
+// action is what a machine wants done.
+type action struct {
+	kind   actionKind
+	to     via
+	tx     disco.TxID
+	pad    int
+	src    netip.AddrPort
+	req    *pingRequest
+	result PingResult
+}
+
+// pingRequest is a ping that somebody waits for.
+type pingRequest struct {
+	pad  int
+	next time.Time // when to send the next ping
+	done chan PingResult
+}
+
+type sentPing struct {
+	tx  disco.TxID
+	at  time.Time
+	req *pingRequest
+}
+
+// machine is the path discovery of one peer: events and the time in, actions out, appended to
+// acts. It does no I/O, reads no clock and starts nothing; it is not safe for concurrent use. A machine
+// exists only while its peer has something going on, and next says when it wants tick.
+type machine struct {
+	newTx func() disco.TxID
+	acts  []action
+
+	sent []sentPing // oldest first
+	reqs []*pingRequest
+
+	tokens   float64 // answers that the peer may still have
+	tokensAt time.Time
+	lastUsed time.Time
+}
+
+func newMachine(now time.Time, newTx func() disco.TxID) *machine {
+	return &machine{newTx: newTx, tokens: pongBurst, tokensAt: now, lastUsed: now}
+}
+
+// ping starts a ping for req, repeated every retryPing until it is answered or cancelled.
+func (mc *machine) ping(now time.Time, req *pingRequest) {
+	mc.lastUsed = now
+	mc.reqs = append(mc.reqs, req)
+	mc.sendFor(now, req)
+}
+
+func (mc *machine) sendFor(now time.Time, req *pingRequest) {
+	mc.forget(now)
+	if len(mc.sent) == maxSent {
+		mc.sent = append(mc.sent[:0], mc.sent[1:]...)
+	}
+	tx := mc.newTx()
+	mc.sent = append(mc.sent, sentPing{tx: tx, at: now, req: req})
+	mc.acts = append(mc.acts, action{kind: sendPing, tx: tx, pad: req.pad})
+	req.next = now.Add(retryPing)
+}
+
+// cancel ends req without an answer.
+func (mc *machine) cancel(req *pingRequest) {
+	for i, r := range mc.reqs {
+		if r == req {
+			mc.reqs = append(mc.reqs[:i], mc.reqs[i+1:]...)
+			break
+		}
+	}
+	kept := mc.sent[:0]
+	for _, s := range mc.sent {
+		if s.req != req {
+			kept = append(kept, s)
+		}
+	}
+	clear(mc.sent[len(kept):])
+	mc.sent = kept
+}
+
+// gotPing answers a ping, the way it came. src is the address from which it came, as the
+// pong reports it.
+func (mc *machine) gotPing(now time.Time, from via, src netip.AddrPort, m *disco.Ping) {
+	mc.lastUsed = now
+	mc.tokens = min(pongBurst, mc.tokens+max(0, now.Sub(mc.tokensAt).Seconds())*pongRate)
+	mc.tokensAt = now
+	if mc.tokens < 1 {
+		return
+	}
+	mc.tokens--
+	mc.acts = append(mc.acts, action{kind: sendPong, to: from, tx: m.TxID, src: src})
+}
+
+// gotPong takes a pong; one that answers no ping in flight is ignored. It returns the round trip, 0 for none.
+func (mc *machine) gotPong(now time.Time, from via, m *disco.Pong) time.Duration {
+	mc.forget(now)
+	for i, s := range mc.sent {
+		if s.tx != m.TxID {
+			continue
+		}
+		mc.lastUsed = now
+		mc.sent = append(mc.sent[:i], mc.sent[i+1:]...)
+		rtt := max(now.Sub(s.at), 1)
+		if s.req != nil {
+			mc.acts = append(mc.acts, action{kind: pingAnswer, req: s.req,
+				result: PingResult{Latency: rtt, Addr: from.addr, Region: int(from.region)}})
+			mc.cancel(s.req)
+		}
+		return rtt
+	}
+	return 0
+}
+
+// tick does what has become due.
+func (mc *machine) tick(now time.Time) {
+	mc.forget(now)
+	for _, r := range mc.reqs {
+		if !now.Before(r.next) {
+			mc.sendFor(now, r)
+		}
+	}
+}
+
+// forget drops pings that nobody may answer any more.
+func (mc *machine) forget(now time.Time) {
+	n := 0
+	for n < len(mc.sent) && now.Sub(mc.sent[n].at) > pingTTL {
+		n++
+	}
+	if n > 0 {
+		k := copy(mc.sent, mc.sent[n:])
+		clear(mc.sent[k:])
+		mc.sent = mc.sent[:k]
+	}
+}
+
+// idle reports whether the machine may be thrown away.
+func (mc *machine) idle(now time.Time) bool {
+	return len(mc.reqs) == 0 && now.Sub(mc.lastUsed) >= idleAfter
+}
+
+// next returns when tick or idle has something to say.
+func (mc *machine) next() time.Time {
+	if len(mc.reqs) == 0 {
+		return mc.lastUsed.Add(idleAfter)
+	}
+	t := mc.reqs[0].next
+	for _, r := range mc.reqs[1:] {
+		if r.next.Before(t) {
+			t = r.next
+		}
+	}
+	return t
+}

@@ -1,0 +1,484 @@
+// Package path decides how sealed packets reach a peer, and finds the ways: by the peer's home
+// relay, by the relay on which it was last heard, and, once it has candidates for them, straight over UDP.
+//
+// Each peer's discovery is a pure machine (see machine.go): events and the time go in, actions
+// come out. One goroutine owns all machines; it carries out their actions and keeps one timer for all
+// of them. A peer without traffic has no machine and no timer, only its entry in the table.
+//
+// Data does not pass that goroutine. [Peer.Send] reads the decision from atomics and sends;
+// [Manager.FromRelay] tells discovery messages from WireGuard's by their first bytes and hands the
+// latter to the receive loop's own [Sink] at once.
+//
+// What goes over the wire is in docs/protocol/disco.md; how a path is chosen in docs/protocol/paths.md.
+package path
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/disco"
+	"github.com/tailnode/tailnode/internal/key"
+)
+
+var (
+	// ErrClosed reports the use of a closed Manager.
+	ErrClosed = errors.New("path: closed")
+	// ErrUnknownPeer reports a peer that is not in the table, or has left it.
+	ErrUnknownPeer = errors.New("path: unknown peer")
+	// ErrNoPath reports a peer with no way to it: no home relay, never heard, no address.
+	ErrNoPath = errors.New("path: no path to the peer")
+	// ErrNoDisco reports a peer that does not take part in path discovery.
+	ErrNoDisco = errors.New("path: the peer does not take part in path discovery")
+	// ErrPingSize reports a ping larger than [MaxPingSize].
+	ErrPingSize = errors.New("path: ping is too large")
+)
+
+// MaxPingSize is the greatest size of a [Manager.Ping]: a jumbo frame less the headers of IPv4 and UDP.
+const MaxPingSize = 9000 - 20 - 8
+
+// derpMagic stands for a relay where an address is wanted; the port is the region.
+var derpMagic = netip.AddrFrom4([4]byte{127, 3, 3, 40})
+
+// Relay transmits over relays.
+type Relay interface {
+	// Send transmits the messages in b, each seg bytes but for the last, which may be
+	// shorter, to dst by way of region. It does not keep b and does not block long.
+	Send(region int, dst key.NodePublic, b []byte, seg int) error
+}
+
+// Source is where a packet came from. Region != 0: that relay region, from the node Key. Otherwise from Addr over UDP.
+type Source struct {
+	Region int
+	Key    key.NodePublic
+	Addr   netip.AddrPort
+}
+
+// Sink takes what one receive loop has received. Its methods are called by that loop alone, one at a time.
+type Sink interface {
+	// WireGuard takes a packet with the form of a WireGuard message. p is nil if the sender
+	// is unknown; for a packet from a relay it is the peer of the key that the relay attests. b is borrowed and
+	// may be changed in place.
+	WireGuard(src Source, p *Peer, b []byte)
+	// Flush says that no further packet is at hand for now.
+	Flush()
+}
+
+// Config is what a [Manager] needs.
+type Config struct {
+	NodeKey  key.NodePublic
+	DiscoKey key.DiscoPrivate
+	Relay    Relay
+	NewSink  func() Sink  // called once for each receive loop
+	Logger   *slog.Logger // nil: silent
+}
+
+// PeerInfo is what control says of a peer.
+type PeerInfo struct {
+	Key           key.NodePublic
+	Disco         key.DiscoPublic // zero: takes no part in discovery
+	HomeRegion    int             // 0: none
+	Endpoints     []netip.AddrPort
+	WireGuardOnly bool // speaks neither disco nor DERP
+	Cap           int  // capability version
+}
+
+// PingResult is the answer to a ping.
+type PingResult struct {
+	Latency time.Duration
+	Addr    netip.AddrPort // where a direct answer came from
+	Region  int            // the relay region of a relayed answer
+}
+
+// PathInfo says how a peer is reached.
+type PathInfo struct {
+	Region int            // relay region, 0 if direct
+	Addr   netip.AddrPort // direct address, if direct
+	RTT    time.Duration  // of the last pong; 0: none yet
+	// Since is when this path was taken into use; zero before the first packet.
+	Since        time.Time
+	WhyNotDirect string // for a relayed path
+}
+
+// Manager finds and chooses paths. Its methods are safe for concurrent use.
+type Manager struct {
+	cfg     Config
+	log     *slog.Logger
+	discoPK key.DiscoPublic
+
+	mu      sync.RWMutex // guards the two
+	peers   map[key.NodePublic]*Peer
+	byDisco map[key.DiscoPublic]int // how many peers have this key
+
+	connected atomic.Pointer[[]uint16] // relay regions with a connection; never nil
+	sinkMu    sync.Mutex               // guards changes of sinks
+	sinks     atomic.Pointer[map[int]Sink]
+
+	closed atomic.Bool
+	done   chan struct{} // closed by Close
+	wg     sync.WaitGroup
+	events chan event
+}
+
+// Peer is one peer. Its methods are safe for concurrent use.
+type Peer struct {
+	m    *Manager
+	key  key.NodePublic
+	info atomic.Pointer[PeerInfo]
+
+	home    atomic.Uint32 // home region, with goneBit
+	heard   atomic.Uint32 // region on which it was last heard, 0: none
+	used    atomic.Uint32 // region that carried the last packet to it
+	queued  atomic.Int32  // its messages in the Manager's queue
+	removed atomic.Bool
+	since   atomic.Int64 // unix ns, of used
+	rtt     atomic.Int64 // ns
+}
+
+// goneBit marks a home region whose relay said that the peer is not there.
+const goneBit = 1 << 31
+
+// New returns a Manager without peers. It starts one goroutine, which Close ends.
+func New(cfg Config) (*Manager, error) {
+	switch {
+	case cfg.NodeKey.IsZero():
+		return nil, errors.New("path: no node key")
+	case cfg.DiscoKey.IsZero():
+		return nil, errors.New("path: no disco key")
+	case cfg.Relay == nil:
+		return nil, errors.New("path: no relay")
+	case cfg.NewSink == nil:
+		return nil, errors.New("path: no sink")
+	}
+	m := &Manager{
+		cfg:     cfg,
+		log:     cfg.Logger,
+		discoPK: cfg.DiscoKey.Public(),
+		peers:   make(map[key.NodePublic]*Peer),
+		byDisco: make(map[key.DiscoPublic]int),
+		done:    make(chan struct{}),
+		events:  make(chan event, 64),
+	}
+	if m.log == nil {
+		m.log = slog.New(slog.DiscardHandler)
+	}
+	m.connected.Store(new([]uint16))
+	m.sinks.Store(new(map[int]Sink))
+	m.wg.Go(m.loop)
+	return m, nil
+}
+
+// Close ends discovery: pings in progress end with [ErrClosed], and so does every later use.
+// It waits for the Manager's goroutine, so it must not be called by a [Relay] or a [Sink].
+func (m *Manager) Close() {
+	if !m.closed.Swap(true) {
+		close(m.done)
+	}
+	m.wg.Wait()
+}
+
+// UpsertPeer adds a peer or changes what is known of it. info's slices are kept.
+func (m *Manager) UpsertPeer(info PeerInfo) *Peer {
+	if info.HomeRegion < 0 || info.HomeRegion > 0xffff {
+		info.HomeRegion = 0
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.peers[info.Key]
+	if p == nil {
+		p = &Peer{m: m, key: info.Key}
+		m.peers[info.Key] = p
+	} else {
+		m.dropDisco(p.info.Load().Disco)
+	}
+	if !info.Disco.IsZero() {
+		m.byDisco[info.Disco]++
+	}
+	p.info.Store(&info)
+	if h := uint32(info.HomeRegion); p.home.Load()&^goneBit != h {
+		p.home.Store(h)
+	}
+	return p
+}
+
+func (m *Manager) dropDisco(k key.DiscoPublic) {
+	if n := m.byDisco[k]; n > 1 {
+		m.byDisco[k] = n - 1
+	} else {
+		delete(m.byDisco, k)
+	}
+}
+
+// RemovePeer removes a peer. Later sends by its [Peer] fail with [ErrUnknownPeer].
+func (m *Manager) RemovePeer(k key.NodePublic) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p := m.peers[k]; p != nil {
+		p.removed.Store(true)
+		delete(m.peers, k)
+		m.dropDisco(p.info.Load().Disco)
+	}
+}
+
+// Peer returns the peer of key k, or nil.
+func (m *Manager) Peer(k key.NodePublic) *Peer {
+	m.mu.RLock()
+	p := m.peers[k]
+	m.mu.RUnlock()
+	return p
+}
+
+// Public returns the peer's node key.
+func (p *Peer) Public() key.NodePublic { return p.key }
+
+// Send transmits the sealed messages in b, each seg bytes but for the last, by the best path. It
+// does not keep b and blocks no longer than a [Relay] or a socket does. Errors: [ErrClosed], [ErrUnknownPeer], [ErrNoPath], or the
+// relay's.
+func (p *Peer) Send(b []byte, seg int) error {
+	m := p.m
+	if m.closed.Load() {
+		return ErrClosed
+	}
+	if p.removed.Load() {
+		return ErrUnknownPeer
+	}
+	r := p.region()
+	if r == 0 {
+		return ErrNoPath
+	}
+	if p.used.Load() != r {
+		p.used.Store(r)
+		p.since.Store(time.Now().UnixNano())
+	}
+	return m.cfg.Relay.Send(int(r), p.key, b, seg)
+}
+
+// region returns the relay region by which to reach the peer, 0 for none: its home if that is
+// connected; or else the region where it was last heard if that is connected, which spares a
+// connection and is right while the peer cannot reach its home; or else its home, which the relay client then dials.
+func (p *Peer) region() uint32 {
+	h, heard := p.home.Load(), p.heard.Load()
+	gone := h&goneBit != 0
+	h &^= goneBit
+	switch {
+	case heard == 0 || heard == h:
+		return h
+	case h == 0:
+		return heard
+	}
+	if p.m.isConnected(h) && !gone {
+		return h
+	}
+	if p.m.isConnected(heard) {
+		return heard
+	}
+	return h
+}
+
+func (m *Manager) isConnected(r uint32) bool {
+	for _, c := range *m.connected.Load() {
+		if uint32(c) == r {
+			return true
+		}
+	}
+	return false
+}
+
+// Reply answers to exactly where a packet came from, whoever sent it.
+type Reply struct {
+	m   *Manager
+	src Source
+}
+
+// Reply returns a way back to src. It is a value so that a receive loop can keep one and
+// overwrite it for each packet without allocating.
+func (m *Manager) Reply(src Source) Reply { return Reply{m, src} }
+
+// Send transmits as [Peer.Send] does.
+func (r *Reply) Send(b []byte, seg int) error {
+	switch {
+	case r.m == nil || r.m.closed.Load():
+		return ErrClosed
+	case r.src.Region != 0:
+		return r.m.cfg.Relay.Send(r.src.Region, r.src.Key, b, seg)
+	}
+	return ErrNoPath
+}
+
+// FromRelay takes a packet that region delivered from the node src. Calls for one region must come
+// one at a time, those for different regions may be concurrent. b is borrowed and may be changed.
+// Data causes no allocation here.
+func (m *Manager) FromRelay(region int, src key.NodePublic, b []byte) {
+	if region <= 0 || region > 0xffff || m.closed.Load() {
+		return
+	}
+	isDisco := disco.Is(b)
+	if !isDisco && !isWireGuard(b) {
+		return
+	}
+	p := m.Peer(src)
+	if p != nil {
+		// A relay attests its clients' keys, so this is worth as much as the relay's word:
+		// enough for choosing among relays, which is all it is used for.
+		if r := uint32(region); p.heard.Load() != r {
+			p.heard.Store(r)
+		}
+		if r := uint32(region); p.home.Load() == r|goneBit {
+			p.home.CompareAndSwap(r|goneBit, r)
+		}
+	}
+	s := Source{Region: region, Key: src}
+	if isDisco {
+		m.discoIn(s, p, b)
+		return
+	}
+	m.sink(region).WireGuard(s, p, b)
+}
+
+// isWireGuard reports whether b has the form of a WireGuard message: type 1 to 4, three zero bytes, at
+// least an empty data message's length (WireGuard paper §5.4).
+func isWireGuard(b []byte) bool {
+	return len(b) >= 32 && b[0] >= 1 && b[0] <= 4 && b[1]|b[2]|b[3] == 0
+}
+
+// FlushRelay says that region has delivered all it has for now. It counts as a call of [Manager.FromRelay].
+func (m *Manager) FlushRelay(region int) {
+	if s := (*m.sinks.Load())[region]; s != nil && !m.closed.Load() {
+		s.Flush()
+	}
+}
+
+func (m *Manager) sink(region int) Sink {
+	if s := (*m.sinks.Load())[region]; s != nil {
+		return s
+	}
+	m.sinkMu.Lock()
+	defer m.sinkMu.Unlock()
+	old := *m.sinks.Load()
+	if s := old[region]; s != nil {
+		return s
+	}
+	sinks := maps.Clone(old)
+	if sinks == nil {
+		sinks = make(map[int]Sink)
+	}
+	s := m.cfg.NewSink()
+	sinks[region] = s
+	m.sinks.Store(&sinks)
+	return s
+}
+
+// RelayState says whether there is a connection to region. err is why there is none.
+func (m *Manager) RelayState(region int, connected bool, err error) {
+	if region <= 0 || region > 0xffff {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	old := *m.connected.Load()
+	i := slices.Index(old, uint16(region))
+	if (i >= 0) == connected {
+		return
+	}
+	list := slices.Clone(old)
+	if connected {
+		list = append(list, uint16(region))
+	} else {
+		list = slices.Delete(list, i, i+1)
+	}
+	m.connected.Store(&list)
+}
+
+// PeerGone says that region's relay reports the node k as not connected to it.
+func (m *Manager) PeerGone(region int, k key.NodePublic, reason byte) {
+	p := m.Peer(k)
+	if p == nil || region <= 0 || region > 0xffff {
+		return
+	}
+	r := uint32(region)
+	p.heard.CompareAndSwap(r, 0)
+	p.home.CompareAndSwap(r, r|goneBit)
+}
+
+// Path says how the peer is reached now; the zero PathInfo with WhyNotDirect set if it cannot be.
+func (m *Manager) Path(k key.NodePublic) PathInfo {
+	p := m.Peer(k)
+	if p == nil {
+		return PathInfo{WhyNotDirect: "unknown peer"}
+	}
+	return p.Path()
+}
+
+// Path says how the peer is reached now.
+func (p *Peer) Path() PathInfo {
+	pi := PathInfo{Region: int(p.region()), RTT: time.Duration(p.rtt.Load())}
+	if ns := p.since.Load(); ns != 0 && int(p.used.Load()) == pi.Region {
+		pi.Since = time.Unix(0, ns)
+	}
+	switch info := p.info.Load(); {
+	case info.Disco.IsZero() && !info.WireGuardOnly:
+		pi.WhyNotDirect = "the peer does not take part in path discovery"
+	default:
+		pi.WhyNotDirect = "this node uses relays only"
+	}
+	return pi
+}
+
+// Ping sends a discovery ping to the peer of key k, again every second, until it is answered
+// or ctx ends. size is the length of the whole message, padded up to it, 0 for the least. Errors: [ErrUnknownPeer],
+// [ErrNoDisco], [ErrNoPath], [ErrPingSize], [ErrClosed], or ctx's, wrapped.
+func (m *Manager) Ping(ctx context.Context, k key.NodePublic, size int) (PingResult, error) {
+	if size > MaxPingSize {
+		return PingResult{}, ErrPingSize
+	}
+	p := m.Peer(k)
+	switch {
+	case m.closed.Load():
+		return PingResult{}, ErrClosed
+	case p == nil:
+		return PingResult{}, ErrUnknownPeer
+	case p.info.Load().Disco.IsZero():
+		return PingResult{}, ErrNoDisco
+	case p.region() == 0:
+		return PingResult{}, ErrNoPath
+	}
+	req := &pingRequest{
+		pad:  max(0, size-disco.Overhead-disco.PlainHeaderLen-disco.PingLen),
+		done: make(chan PingResult, 1),
+	}
+	select {
+	case m.events <- event{kind: evPing, p: p, req: req}:
+	case <-ctx.Done():
+		return PingResult{}, fmt.Errorf("path: ping: %w", context.Cause(ctx))
+	case <-m.done:
+		return PingResult{}, ErrClosed
+	}
+	select {
+	case r, ok := <-req.done:
+		if !ok {
+			return PingResult{}, ErrUnknownPeer
+		}
+		return r, nil
+	case <-m.done:
+		return PingResult{}, ErrClosed
+	case <-ctx.Done():
+	}
+	select {
+	case m.events <- event{kind: evCancel, p: p, req: req}:
+	case <-m.done:
+	}
+	return PingResult{}, fmt.Errorf("path: ping: %w", context.Cause(ctx))
+}
+
+func randomTx() (tx disco.TxID) {
+	rand.Read(tx[:])
+	return tx
+}
