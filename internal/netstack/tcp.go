@@ -1,0 +1,351 @@
+package netstack
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// side is what one direction of a socket waits with: one goroutine at a time (the holder of mu) sleeps on ready, and is
+// poked by the stack's events, by the deadline, and by Close.
+type side struct {
+	mu    sync.Mutex // held across a whole Read or Write
+	ready chan struct{}
+	entry waiter.Entry
+
+	dmu     sync.Mutex
+	at      time.Time // deadline; zero: none
+	expired bool
+	timer   *time.Timer
+}
+
+// watch registers for the stack's events. It must be called once, before the first wait.
+func (d *side) watch(wq *waiter.Queue, mask waiter.EventMask) {
+	d.ready = make(chan struct{}, 1)
+	d.entry.Init(waiter.ChannelNotifier(d.ready), mask|waiter.EventHUp|waiter.EventErr)
+	wq.EventRegister(&d.entry)
+}
+
+func (d *side) poke() {
+	select {
+	case d.ready <- struct{}{}:
+	default:
+	}
+}
+
+func (d *side) timedOut() bool {
+	d.dmu.Lock()
+	defer d.dmu.Unlock()
+	return d.expired
+}
+
+// setDeadline lets operations, also one under way, fail from t on; zero means never.
+func (d *side) setDeadline(t time.Time) {
+	d.dmu.Lock()
+	defer d.dmu.Unlock()
+	d.at, d.expired = t, false
+	if t.IsZero() {
+		if d.timer != nil {
+			d.timer.Stop()
+		}
+		return
+	}
+	wait := time.Until(t)
+	switch {
+	case wait <= 0:
+		if d.timer != nil {
+			d.timer.Stop()
+		}
+		d.expired = true
+		d.poke()
+	case d.timer == nil:
+		d.timer = time.AfterFunc(wait, d.fire)
+	default:
+		d.timer.Reset(wait)
+	}
+}
+
+// fire runs when the timer does, which may be just after the deadline was moved.
+func (d *side) fire() {
+	d.dmu.Lock()
+	d.expired = !d.at.IsZero() && !time.Now().Before(d.at)
+	late := d.expired
+	d.dmu.Unlock()
+	if late {
+		d.poke()
+	}
+}
+
+func (d *side) stopTimer() {
+	d.dmu.Lock()
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+	d.dmu.Unlock()
+}
+
+// conn is a TCP connection: net.Conn with CloseRead, CloseWrite and the options of *net.TCPConn.
+type conn struct {
+	s             *Stack
+	ep            tcpip.Endpoint
+	wq            *waiter.Queue
+	local, remote netip.AddrPort
+	closed        atomic.Bool
+
+	rd     side
+	sw     tcpip.SliceWriter // argument of ep.Read, here so that it is not allocated each time
+	copied int               // read since the stack was told
+	rgrow  grower
+
+	wr    side
+	src   bytes.Reader // argument of ep.Write
+	wgrow grower
+}
+
+// moderateEvery is how many bytes are read before the stack reconsiders the receive buffer: it takes a lock and the
+// time, and small reads need no larger window.
+const moderateEvery = 16 << 10
+
+// newConn makes an established endpoint a connection of s. If the Stack is closed, the endpoint is reset and the
+// result nil.
+func (s *Stack) newConn(ep tcpip.Endpoint, wq *waiter.Queue) *conn {
+	c := &conn{s: s, ep: ep, wq: wq}
+	if a, err := ep.GetLocalAddress(); err == nil {
+		c.local = netip.AddrPortFrom(fromGV(a.Addr), a.Port)
+	}
+	if a, err := ep.GetRemoteAddress(); err == nil {
+		c.remote = netip.AddrPortFrom(fromGV(a.Addr), a.Port)
+	}
+	o := ep.SocketOptions()
+	c.rgrow = grower{b: &s.budget, opts: o, recv: true}
+	c.wgrow = grower{b: &s.budget, opts: o}
+	c.rd.watch(wq, waiter.ReadableEvents)
+	c.wr.watch(wq, waiter.WritableEvents)
+	if !s.add(c) {
+		c.abort()
+		return nil
+	}
+	return c
+}
+
+// Read implements net.Conn.
+func (c *conn) Read(b []byte) (int, error) {
+	c.rd.mu.Lock()
+	defer c.rd.mu.Unlock()
+	for {
+		if c.closed.Load() {
+			return 0, c.fail("read", net.ErrClosed)
+		}
+		if c.rd.timedOut() {
+			return 0, c.fail("read", os.ErrDeadlineExceeded)
+		}
+		if len(b) == 0 {
+			return 0, nil
+		}
+		c.sw = b
+		res, err := c.ep.Read(&c.sw, tcpip.ReadOptions{})
+		c.sw = nil
+		switch err.(type) {
+		case nil:
+			c.moderate(res.Count)
+			return res.Count, nil
+		case *tcpip.ErrWouldBlock:
+			<-c.rd.ready
+		case *tcpip.ErrClosedForReceive:
+			if c.closed.Load() {
+				return 0, c.fail("read", net.ErrClosed)
+			}
+			return 0, io.EOF
+		default:
+			return 0, c.fail("read", sysError(err, c.closed.Load()))
+		}
+	}
+}
+
+// moderate lets the receive buffer grow after n more bytes were read.
+func (c *conn) moderate(n int) {
+	if c.copied += n; c.copied >= moderateEvery {
+		c.ep.ModerateRecvBuf(c.copied)
+		c.copied = 0
+		c.rgrow.settle()
+	}
+}
+
+// Write implements net.Conn.
+func (c *conn) Write(b []byte) (int, error) {
+	c.wr.mu.Lock()
+	defer c.wr.mu.Unlock()
+	done := 0
+	for {
+		if c.closed.Load() {
+			return done, c.fail("write", net.ErrClosed)
+		}
+		if c.wr.timedOut() {
+			return done, c.fail("write", os.ErrDeadlineExceeded)
+		}
+		if done == len(b) {
+			return done, nil
+		}
+		c.wgrow.settle()
+		c.src.Reset(b[done:])
+		n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})
+		c.src.Reset(nil)
+		done += int(n)
+		switch err.(type) {
+		case nil:
+			if done == len(b) {
+				return done, nil
+			}
+		case *tcpip.ErrWouldBlock:
+			<-c.wr.ready
+		default:
+			return done, c.fail("write", sysError(err, c.closed.Load()))
+		}
+	}
+}
+
+var copyBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+
+type plainReader struct{ io.Reader } // without the WriterTo that io.CopyBuffer would prefer
+type plainWriter struct{ io.Writer } // without the ReaderFrom
+
+// ReadFrom implements io.ReaderFrom with a pooled buffer of the size of the stack's largest segments.
+func (c *conn) ReadFrom(r io.Reader) (int64, error) {
+	b := copyBuffers.Get().(*[64 << 10]byte)
+	defer copyBuffers.Put(b)
+	return io.CopyBuffer(plainWriter{c}, plainReader{r}, b[:])
+}
+
+// WriteTo implements io.WriterTo likewise. The buffer is not lent by the stack: a slow w would hold up the connection.
+func (c *conn) WriteTo(w io.Writer) (int64, error) {
+	b := copyBuffers.Get().(*[64 << 10]byte)
+	defer copyBuffers.Put(b)
+	return io.CopyBuffer(plainWriter{w}, plainReader{c}, b[:])
+}
+
+// Close implements net.Conn. What was written is still sent, for a minute after the peer's latest sign of life.
+func (c *conn) Close() error {
+	if !c.finish() {
+		return c.fail("close", net.ErrClosed)
+	}
+	orphan := tcpip.TCPUserTimeoutOption(orphanTTL)
+	c.ep.SetSockOpt(&orphan)
+	c.ep.Close()
+	c.wake()
+	return nil
+}
+
+// abort closes the connection with a reset.
+func (c *conn) abort() {
+	if c.finish() {
+		c.ep.Abort()
+		c.wake()
+	}
+}
+
+func (c *conn) finish() bool {
+	if c.closed.Swap(true) {
+		return false
+	}
+	c.s.remove(c)
+	c.rgrow.release()
+	c.wgrow.release()
+	return true
+}
+
+func (c *conn) wake() {
+	c.wq.EventUnregister(&c.rd.entry)
+	c.wq.EventUnregister(&c.wr.entry)
+	c.rd.stopTimer()
+	c.wr.stopTimer()
+	c.rd.poke()
+	c.wr.poke()
+}
+
+// CloseWrite ends the stream towards the peer, which reads io.EOF after the last byte. Reading goes on.
+func (c *conn) CloseWrite() error { return c.shutdown(tcpip.ShutdownWrite) }
+
+// CloseRead lets this and later Reads return io.EOF once what has arrived is read. Writing goes on.
+func (c *conn) CloseRead() error { return c.shutdown(tcpip.ShutdownRead) }
+
+func (c *conn) shutdown(how tcpip.ShutdownFlags) error {
+	if c.closed.Load() {
+		return c.fail("close", net.ErrClosed)
+	}
+	if err := c.ep.Shutdown(how); err != nil {
+		return c.fail("close", sysError(err, c.closed.Load()))
+	}
+	return nil
+}
+
+// LocalAddr returns a *net.TCPAddr.
+func (c *conn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(c.local) }
+
+// RemoteAddr returns a *net.TCPAddr.
+func (c *conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
+
+// SetDeadline implements net.Conn.
+func (c *conn) SetDeadline(t time.Time) error {
+	if err := c.SetReadDeadline(t); err != nil {
+		return err
+	}
+	return c.SetWriteDeadline(t)
+}
+
+// SetReadDeadline implements net.Conn.
+func (c *conn) SetReadDeadline(t time.Time) error { return c.setDeadline(&c.rd, t) }
+
+// SetWriteDeadline implements net.Conn.
+func (c *conn) SetWriteDeadline(t time.Time) error { return c.setDeadline(&c.wr, t) }
+
+func (c *conn) setDeadline(d *side, t time.Time) error {
+	if c.closed.Load() {
+		return c.fail("set", net.ErrClosed)
+	}
+	d.setDeadline(t)
+	return nil
+}
+
+// SetNoDelay switches Nagle's algorithm; it is off (true) at first, as for *net.TCPConn.
+func (c *conn) SetNoDelay(noDelay bool) error {
+	c.ep.SocketOptions().SetDelayOption(!noDelay)
+	return nil
+}
+
+// SetKeepAlive switches keep-alive probes. They are off at first: in a tailnet they would keep tunnels and radios
+// awake for every idle connection.
+func (c *conn) SetKeepAlive(on bool) error {
+	c.ep.SocketOptions().SetKeepAlive(on)
+	return nil
+}
+
+// SetKeepAlivePeriod sets the idle time before the first probe, and between probes.
+func (c *conn) SetKeepAlivePeriod(d time.Duration) error {
+	idle, interval := tcpip.KeepaliveIdleOption(d), tcpip.KeepaliveIntervalOption(d)
+	if err := c.ep.SetSockOpt(&idle); err != nil {
+		return c.fail("set", sysError(err, c.closed.Load()))
+	}
+	if err := c.ep.SetSockOpt(&interval); err != nil {
+		return c.fail("set", sysError(err, c.closed.Load()))
+	}
+	return nil
+}
+
+// SetLinger with 0 makes Close discard what is unsent and reset the connection; any other value leaves Close as it is,
+// sending in the background.
+func (c *conn) SetLinger(sec int) error {
+	c.ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: sec == 0})
+	return nil
+}
+
+func (c *conn) fail(op string, err error) error {
+	return opError(op, "tcp", c.local, c.remote, err)
+}
