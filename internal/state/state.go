@@ -40,7 +40,7 @@ var (
 
 type notExist struct{}
 
-func (notExist) Error() string         { return "state: no such value" }
+func (notExist) Error() string        { return "state: no such value" }
 func (notExist) Is(target error) bool { return target == fs.ErrNotExist }
 
 // Memory is a Store that forgets everything when the process ends.

@@ -1,0 +1,621 @@
+package netmap
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/gaissmai/bart"
+
+	"github.com/tailnode/tailnode/internal/tailcfg"
+)
+
+// Bounds on what control may make a node keep.
+const (
+	MaxPeers    = 200_000
+	maxProfiles = 200_000
+	maxMessages = 1000
+	maxFilters  = 10_000 // named ones
+)
+
+var (
+	// ErrNoSelf reports a first response that does not say who this node is, or
+	// a response that says something impossible of it.
+	ErrNoSelf = errors.New("netmap: control sent no usable node for us")
+	// ErrTooLarge reports a tailnet beyond the bounds of this package.
+	ErrTooLarge = errors.New("netmap: more than this node can keep")
+)
+
+// Change says what differs between a Map and the one before.
+type Change struct {
+	Self      bool // anything about this node
+	KeyExpiry bool // when this node's key expires, or that it has
+	Added     []*Node
+	Changed   []*Node // as they are now; the old ones are in the old Map
+	Removed   []*Node // as they were
+	DERPMap   bool
+	DNS       bool
+	Filter    bool
+	Profiles  bool
+	Health    bool // Health or Messages
+	Domain    bool
+	Ignored   int // parts of the response that made no sense or named nobody, left out
+}
+
+// Empty reports whether nothing differs.
+func (c *Change) Empty() bool {
+	return !(c.Self || c.KeyExpiry || c.DERPMap || c.DNS || c.Filter || c.Profiles || c.Health || c.Domain) &&
+		len(c.Added)+len(c.Changed)+len(c.Removed) == 0
+}
+
+// Builder makes the Maps of one node. It is not safe for concurrent use: the
+// goroutine that reads the map stream owns it.
+type Builder struct {
+	cur     *Map
+	filters map[string][]tailcfg.FilterRule
+	intern  interner
+	// contested holds the prefixes that several peers claim, with the
+	// claimants by ascending ID. The first one has it.
+	contested map[netip.Prefix][]tailcfg.NodeID
+	fresh     bool
+}
+
+// NewBuilder returns a Builder that expects the first response of a stream.
+func NewBuilder() *Builder { return &Builder{fresh: true} }
+
+// Restart tells that the next response is the first of a new stream: what it
+// does not mention is gone. The Change it gives is against the last Map, so that a
+// reconnect without news changes nothing.
+func (b *Builder) Restart() { b.fresh = true }
+
+// Map returns the last Map, or nil.
+func (b *Builder) Map() *Map { return b.cur }
+
+// Apply returns the Map after r, and what differs from the one before. It
+// takes over nothing of r but strings, filter rules, the DERP map and the DNS
+// configuration, which must not be changed afterwards. It does not block.
+//
+// What makes no sense in r is left out and counted in Change.Ignored. After an error
+// the last Map stands.
+func (b *Builder) Apply(r *tailcfg.MapResponse, now time.Time) (*Map, Change, error) {
+	if r.KeepAlive {
+		// Such a response carries nothing but, perhaps, control's clock.
+		if r.ControlTime == nil || b.cur == nil {
+			return b.cur, Change{}, nil
+		}
+		m := *b.cur
+		m.ControlClock = r.ControlTime.Sub(now)
+		b.cur = &m
+		return b.cur, Change{}, nil
+	}
+	if len(r.Peers) > MaxPeers || len(r.PeersChanged) > MaxPeers {
+		return b.cur, Change{}, fmt.Errorf("%w: %d peers", ErrTooLarge, max(len(r.Peers), len(r.PeersChanged)))
+	}
+
+	a := &apply{b: b, now: now, intern: b.intern, old: b.cur, base: b.cur, filters: b.filters, fresh: b.fresh}
+	if a.fresh || a.intern == nil {
+		a.intern = interner{}
+	}
+	if a.old == nil {
+		a.old = &Map{seed: maphash.MakeSeed()}
+		a.base = a.old
+	}
+	if a.fresh {
+		a.base = &Map{Self: a.old.Self, ControlClock: a.old.ControlClock, seed: a.old.seed}
+		a.filters = nil
+	}
+	next := *a.base
+	a.m = &next
+	if err := a.self(r.Node); err != nil {
+		return b.cur, Change{}, err
+	}
+	a.rest(r)
+	changed := a.peerChanges(r)
+	if err := a.commit(changed); err != nil {
+		return b.cur, Change{}, err
+	}
+	b.cur, b.filters, b.intern, b.fresh = a.m, a.filters, a.intern, false
+	return a.m, a.c, nil
+}
+
+// apply is one response on its way into a Map.
+type apply struct {
+	b       *Builder
+	now     time.Time
+	fresh   bool
+	old     *Map // the one that Change is against
+	base    *Map // the one that a delta is against: old, or empty at the start of a stream
+	m       *Map // the new one
+	c       Change
+	intern  interner
+	filters map[string][]tailcfg.FilterRule
+	rebuild bool // the indexes cannot be kept
+}
+
+func (a *apply) self(n *tailcfg.Node) error {
+	if n == nil {
+		if a.m.Self == nil || a.fresh {
+			return ErrNoSelf
+		}
+		return nil
+	}
+	s, ignored, ok := newNode(n, a.intern)
+	a.c.Ignored += ignored
+	if !ok {
+		return ErrNoSelf
+	}
+	old := a.old.Self
+	switch {
+	case old == nil:
+		a.c.Self, a.c.KeyExpiry = true, true
+	case same(old, s):
+		return nil
+	default:
+		a.c.Self = true
+		a.c.KeyExpiry = !old.KeyExpiry.Equal(s.KeyExpiry) || old.Expired != s.Expired
+		// Peers that claim our addresses, key or ID are judged anew.
+		a.rebuild = old.ID != s.ID || old.Key != s.Key || !slices.Equal(old.Addresses, s.Addresses)
+	}
+	a.m.Self = s
+	return nil
+}
+
+// rest applies all but the nodes.
+func (a *apply) rest(r *tailcfg.MapResponse) {
+	m, old := a.m, a.old
+	if r.ControlTime != nil {
+		m.ControlClock = r.ControlTime.Sub(a.now)
+	}
+	if r.Domain != "" {
+		m.Domain = r.Domain
+	}
+	a.c.Domain = m.Domain != old.Domain
+	if r.DERPMap != nil {
+		m.DERPMap = mergeDERP(m.DERPMap, r.DERPMap)
+	}
+	a.c.DERPMap = m.DERPMap != old.DERPMap
+	if r.DNSConfig != nil {
+		m.DNS = r.DNSConfig
+	}
+	a.c.DNS = m.DNS != old.DNS || a.c.Self
+	a.applyFilters(r)
+	a.applyProfiles(r.UserProfiles)
+	a.applyHealth(r)
+}
+
+// mergeDERP returns cur as changed by d: what d leaves zero stays. A set of
+// regions replaces the one before; a nil region is one that is gone.
+func mergeDERP(cur, d *tailcfg.DERPMap) *tailcfg.DERPMap {
+	out := &tailcfg.DERPMap{HomeParams: d.HomeParams, OmitDefaultRegions: d.OmitDefaultRegions}
+	if d.Regions != nil {
+		out.Regions = make(map[int]*tailcfg.DERPRegion, len(d.Regions))
+		for id, r := range d.Regions {
+			if r != nil && id > 0 && id == region(id) {
+				out.Regions[id] = r
+			}
+		}
+	}
+	if cur == nil {
+		return out
+	}
+	if d.Regions == nil {
+		out.Regions, out.OmitDefaultRegions = cur.Regions, cur.OmitDefaultRegions
+	}
+	switch {
+	case d.HomeParams == nil:
+		out.HomeParams = cur.HomeParams
+	case d.HomeParams.RegionScore == nil && cur.HomeParams != nil:
+		out.HomeParams = cur.HomeParams
+	}
+	return out
+}
+
+func (a *apply) applyFilters(r *tailcfg.MapResponse) {
+	if r.PacketFilter == nil && r.PacketFilters == nil {
+		a.c.Filter = a.m.FilterSet != a.old.FilterSet
+		return
+	}
+	fs := maps.Clone(a.filters)
+	if fs == nil {
+		fs = map[string][]tailcfg.FilterRule{}
+	}
+	if r.PacketFilter != nil {
+		fs["base"] = *r.PacketFilter
+	}
+	if rules, ok := r.PacketFilters["*"]; ok && rules == nil {
+		clear(fs)
+	}
+	for name, rules := range r.PacketFilters {
+		switch {
+		case name == "*":
+		case rules == nil:
+			delete(fs, name)
+		case len(fs) >= maxFilters && fs[name] == nil:
+			a.c.Ignored++
+		default:
+			fs[name] = rules
+		}
+	}
+	var all []tailcfg.FilterRule
+	for _, name := range slices.Sorted(maps.Keys(fs)) {
+		all = append(all, fs[name]...)
+	}
+	a.filters = fs
+	a.m.Filter, a.m.FilterSet, a.c.Filter = all, true, true
+}
+
+func (a *apply) applyProfiles(ps []tailcfg.UserProfile) {
+	cloned := false
+	if a.fresh {
+		// Users are never told to be gone; those we know stay good.
+		a.m.profiles = a.old.profiles
+	}
+	for _, p := range ps {
+		if p.ID <= 0 || len(a.m.profiles) >= maxProfiles {
+			a.c.Ignored++
+			continue
+		}
+		if a.m.profiles[p.ID] == p {
+			continue
+		}
+		if !cloned {
+			cloned = true
+			if a.m.profiles = maps.Clone(a.m.profiles); a.m.profiles == nil {
+				a.m.profiles = make(map[tailcfg.UserID]tailcfg.UserProfile, len(ps))
+			}
+		}
+		a.m.profiles[p.ID] = p
+		a.c.Profiles = true
+	}
+}
+
+func (a *apply) applyHealth(r *tailcfg.MapResponse) {
+	if r.Health != nil {
+		a.m.Health = *r.Health
+	}
+	if r.DisplayMessages != nil {
+		ms := maps.Clone(a.m.Messages)
+		if msg, ok := r.DisplayMessages["*"]; ok && msg == nil || ms == nil {
+			ms = map[string]*tailcfg.DisplayMessage{}
+		}
+		for id, msg := range r.DisplayMessages {
+			switch {
+			case id == "*":
+			case msg == nil:
+				delete(ms, id)
+			case len(ms) >= maxMessages:
+				a.c.Ignored++
+			default:
+				ms[id] = msg
+			}
+		}
+		a.m.Messages = ms
+	}
+	a.c.Health = !slices.Equal(a.m.Health, a.old.Health) ||
+		!maps.EqualFunc(a.m.Messages, a.old.Messages, func(x, y *tailcfg.DisplayMessage) bool {
+			return x.Title == y.Title && x.Text == y.Text && x.Severity == y.Severity && x.ImpactsConnectivity == y.ImpactsConnectivity &&
+				(x.PrimaryAction == y.PrimaryAction || x.PrimaryAction != nil && y.PrimaryAction != nil && *x.PrimaryAction == *y.PrimaryAction)
+		})
+}
+
+// peerChanges returns what r makes of peers: nil for one that is gone. The
+// order of the parts is that in which the protocol wants them applied.
+func (a *apply) peerChanges(r *tailcfg.MapResponse) map[tailcfg.NodeID]*Node {
+	out := map[tailcfg.NodeID]*Node{}
+	set := func(n *tailcfg.Node) {
+		c, ignored, ok := newNode(n, a.intern)
+		a.c.Ignored += ignored
+		if ok {
+			out[c.ID] = c // of two with one ID the later counts
+		}
+	}
+	if a.fresh || len(r.Peers) > 0 {
+		for n := range a.old.All() {
+			out[n.ID] = nil
+		}
+		for _, n := range r.Peers {
+			set(n)
+		}
+	}
+	if len(r.Peers) > 0 {
+		return out // excludes all that follows
+	}
+
+	for _, id := range r.PeersRemoved {
+		if a.old.peers.get(id) == nil {
+			a.c.Ignored++
+			continue
+		}
+		out[id] = nil
+	}
+	for _, n := range r.PeersChanged {
+		set(n)
+	}
+	// edit returns a peer of which the caller may change fields.
+	edited := map[tailcfg.NodeID]bool{}
+	edit := func(id tailcfg.NodeID) *Node {
+		n, ok := out[id]
+		if !ok {
+			n = a.base.peers.get(id)
+		}
+		if n == nil {
+			a.c.Ignored++
+			return nil
+		}
+		if !edited[id] {
+			edited[id] = true
+			c := *n
+			n = &c
+			out[id] = n
+		}
+		return n
+	}
+	for id, seen := range r.PeerSeenChange {
+		if n := edit(id); n != nil {
+			n.LastSeen = time.Time{}
+			if seen {
+				n.LastSeen = a.now
+			}
+		}
+	}
+	for id, online := range r.OnlineChange {
+		if n := edit(id); n != nil {
+			n.Online, n.OnlineKnown = online, true
+		}
+	}
+	for _, p := range r.PeersChangedPatch {
+		if p == nil {
+			a.c.Ignored++
+			continue
+		}
+		if n := edit(p.NodeID); n != nil {
+			a.patch(n, p)
+		}
+	}
+	return out
+}
+
+func (a *apply) patch(n *Node, p *tailcfg.PeerChange) {
+	if p.DERPRegion != 0 {
+		n.HomeDERP = region(p.DERPRegion)
+	}
+	if p.Cap != 0 {
+		n.Cap = p.Cap
+	}
+	if p.CapMap != nil {
+		n.CapMap = capMap(p.CapMap, nil, a.intern)
+	}
+	if p.Endpoints != nil {
+		var bad int
+		n.Endpoints, bad = endpoints(p.Endpoints)
+		a.c.Ignored += bad
+	}
+	if p.Key != nil {
+		if p.Key.IsZero() {
+			a.c.Ignored++
+		} else {
+			n.Key = *p.Key
+		}
+	}
+	if p.DiscoKey != nil {
+		n.DiscoKey = *p.DiscoKey
+	}
+	if p.Online != nil {
+		n.Online, n.OnlineKnown = *p.Online, true
+	}
+	if p.LastSeen != nil {
+		n.LastSeen = *p.LastSeen
+	}
+	if p.KeyExpiry != nil {
+		n.KeyExpiry = *p.KeyExpiry
+	}
+}
+
+// commit brings the changed peers into the new Map.
+func (a *apply) commit(changed map[tailcfg.NodeID]*Node) error {
+	old, self := a.old, a.m.Self
+	peers := old.peers
+	if s := peers.get(self.ID); s != nil {
+		if _, ok := changed[self.ID]; !ok {
+			changed[self.ID] = nil // we got the ID of a former peer
+		}
+	}
+	ids := slices.Sorted(maps.Keys(changed))
+	for _, id := range ids {
+		was, is := old.peers.get(id), changed[id]
+		if is != nil && (is.ID == self.ID || is.Key == self.Key) {
+			a.c.Ignored++
+			is = nil
+		}
+		switch {
+		case was == nil && is == nil:
+		case was == nil:
+			a.c.Added = append(a.c.Added, is)
+		case is == nil:
+			a.c.Removed = append(a.c.Removed, was)
+		case !same(was, is):
+			a.c.Changed = append(a.c.Changed, is)
+		}
+	}
+	touched := len(a.c.Added) + len(a.c.Changed) + len(a.c.Removed)
+	if total := peers.n + len(a.c.Added) - len(a.c.Removed); total > MaxPeers {
+		return fmt.Errorf("%w: %d peers", ErrTooLarge, total)
+	}
+
+	m, e := a.m, new(edit)
+	m.seed = old.seed
+	if a.rebuild || touched > 64+peers.n/8 {
+		a.rebuildAll(e)
+		return nil
+	}
+	m.peers, m.keys, m.stable, m.names, m.addrs, m.routes = old.peers, old.keys, old.stable, old.names, old.addrs, old.routes
+	if m.routes == nil {
+		m.routes = new(bart.Table[*Node])
+	}
+	for _, n := range a.c.Removed {
+		m.unindex(e, n)
+		a.unroute(n)
+		m.peers = m.peers.without(n.ID)
+	}
+	for _, n := range a.c.Changed {
+		was := old.peers.get(n.ID)
+		m.unindex(e, was)
+		m.index(e, n)
+		if slices.Equal(was.AllowedIPs, n.AllowedIPs) {
+			a.reroute(n)
+		} else {
+			a.unroute(was)
+			a.route(n)
+		}
+		m.peers = m.peers.with(n)
+	}
+	for _, n := range a.c.Added {
+		m.index(e, n)
+		a.route(n)
+		m.peers = m.peers.with(n)
+	}
+	return nil
+}
+
+// rebuildAll makes the indexes anew, which is cheaper than many changes.
+func (a *apply) rebuildAll(e *edit) {
+	m := a.m
+	nodes := make([]*Node, 0, a.old.peers.n+len(a.c.Added))
+	replaced := make(map[tailcfg.NodeID]*Node, len(a.c.Changed)+len(a.c.Removed))
+	for _, n := range a.c.Changed {
+		replaced[n.ID] = n
+	}
+	for _, n := range a.c.Removed {
+		replaced[n.ID] = nil
+	}
+	for n := range a.old.All() {
+		if r, ok := replaced[n.ID]; ok {
+			n = r
+		}
+		if n == nil {
+			continue
+		}
+		if n.Key == m.Self.Key { // ours since now
+			a.c.Removed = append(a.c.Removed, n)
+			a.c.Ignored++
+			continue
+		}
+		nodes = append(nodes, n)
+	}
+	nodes = append(nodes, a.c.Added...)
+	slices.SortFunc(nodes, func(x, y *Node) int { return cmp.Compare(x.ID, y.ID) })
+	m.peers = newList(nodes)
+	m.keys, m.stable, m.names, m.addrs = index{}, index{}, index{}, index{}
+	m.routes = new(bart.Table[*Node])
+	a.b.contested = nil
+	for _, n := range nodes {
+		m.index(e, n)
+		for _, p := range n.AllowedIPs {
+			if !a.routable(p) {
+				continue
+			}
+			if has, ok := m.routes.Get(p); ok {
+				a.contest(p, has.ID)
+				a.contest(p, n.ID)
+				continue // nodes come by ascending ID
+			}
+			m.routes.Insert(p, n)
+		}
+	}
+}
+
+func (m *Map) index(e *edit, n *Node) {
+	m.eachIndex(n, func(x *index, h uint64) { x.insert(e, h, n) })
+}
+
+func (m *Map) unindex(e *edit, n *Node) {
+	m.eachIndex(n, func(x *index, h uint64) { x.remove(e, h, n) })
+}
+
+func (m *Map) eachIndex(n *Node, do func(*index, uint64)) {
+	do(&m.keys, hashKey(m.seed, n.Key))
+	if n.StableID != "" {
+		do(&m.stable, maphash.String(m.seed, string(n.StableID)))
+	}
+	if h, ok := hashName(m.seed, n.Name); ok {
+		do(&m.names, h)
+	}
+	for i, p := range n.Addresses {
+		if p.IsSingleIP() && !slices.Contains(n.Addresses[:i], p) {
+			do(&m.addrs, hashAddr(m.seed, p.Addr()))
+		}
+	}
+}
+
+// routable leaves out default routes; see Map.Route.
+func (a *apply) routable(p netip.Prefix) bool { return p.Bits() > 0 }
+
+func (a *apply) contest(p netip.Prefix, id tailcfg.NodeID) {
+	if a.b.contested == nil {
+		a.b.contested = map[netip.Prefix][]tailcfg.NodeID{}
+	}
+	ids := a.b.contested[p]
+	if i, ok := slices.BinarySearch(ids, id); !ok {
+		a.b.contested[p] = slices.Insert(ids, i, id)
+	}
+}
+
+// route gives n its prefixes, but for those that a peer with a lower ID has.
+func (a *apply) route(n *Node) {
+	for _, p := range n.AllowedIPs {
+		if !a.routable(p) {
+			continue
+		}
+		if has, ok := a.m.routes.Get(p); ok && has.ID != n.ID {
+			a.contest(p, has.ID)
+			a.contest(p, n.ID)
+			if has.ID < n.ID {
+				continue
+			}
+		}
+		a.m.routes = a.m.routes.InsertPersist(p, n)
+	}
+}
+
+// reroute puts n in the place of its former self.
+func (a *apply) reroute(n *Node) {
+	for _, p := range n.AllowedIPs {
+		if has, ok := a.m.routes.Get(p); ok && has.ID == n.ID {
+			a.m.routes = a.m.routes.InsertPersist(p, n)
+		}
+	}
+}
+
+// unroute takes n's prefixes from it and gives contested ones to the next.
+func (a *apply) unroute(n *Node) {
+	for _, p := range n.AllowedIPs {
+		if !a.routable(p) {
+			continue
+		}
+		var next *Node
+		if ids, ok := a.b.contested[p]; ok {
+			ids = slices.DeleteFunc(slices.Clone(ids), func(id tailcfg.NodeID) bool { return id == n.ID })
+			if len(ids) > 0 {
+				next = a.m.peers.get(ids[0])
+			}
+			if len(ids) > 1 {
+				a.b.contested[p] = ids
+			} else {
+				delete(a.b.contested, p)
+			}
+		}
+		has, ok := a.m.routes.Get(p)
+		switch {
+		case !ok || has.ID != n.ID:
+		case next != nil:
+			a.m.routes = a.m.routes.InsertPersist(p, next)
+		default:
+			a.m.routes = a.m.routes.DeletePersist(p)
+		}
+	}
+}
