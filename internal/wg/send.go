@@ -1,0 +1,254 @@
+package wg
+
+import (
+	"runtime"
+	"sync"
+	"time"
+)
+
+const (
+	maxSegments = 64    // UDP_MAX_SEGMENTS of kernels before 6.9
+	maxBatch    = 65507 // the longest UDP payload over IPv4
+)
+
+// Send seals what src yields and transmits it, in batches of equal messages that end with a
+// shorter one at most, with one Conduit.Send each. Without a session it keeps the packets, the
+// newest ones if there are too many, begins a handshake, and sends them when that completes;
+// they are dropped after 90 seconds without.
+//
+// It runs on the caller's goroutine and blocks no longer than Conduit.Send and other Sends to
+// the same peer do. When it returns nil src is used up. The error is the Conduit's first one
+// (later packets were tried nevertheless), or ErrClosed, or ErrKey.
+func (p *Peer) Send(src Source) error {
+	d := p.dev
+	now := d.now()
+	p.sendMu.Lock()
+	if p.removed.Load() {
+		p.sendMu.Unlock()
+		return ErrClosed
+	}
+	s := p.usable(now)
+	if s == nil {
+		d.stage.add(p, src, now)
+		p.sendMu.Unlock()
+		d.sched.wakeBy(p, now+d.t.rekeyAttemptTime)
+		return p.handshake(now, true)
+	}
+	var err error
+	if p.staged.Load() > 0 {
+		err = p.seal(s, d.stage.take(p), now)
+	}
+	if e := p.seal(s, src, now); err == nil {
+		err = e
+	}
+	rekey := p.wantsRekey(s, now)
+	s.release()
+	p.sendMu.Unlock()
+	if rekey {
+		p.handshake(now, true)
+	}
+	return err
+}
+
+// usable returns the session to send with, acquired, or nil. sendMu is held.
+func (p *Peer) usable(now int64) *session {
+	s := p.current.Load()
+	t := &p.dev.t
+	if s == nil || now-s.created >= t.rejectAfterTime || s.counter >= t.rejectAfterMessages || !s.acquire() {
+		return nil
+	}
+	return s
+}
+
+// wantsRekey reports whether, after sending on s, it is time for the next (paper §6.2). sendMu
+// is held.
+func (p *Peer) wantsRekey(s *session, now int64) bool {
+	t := &p.dev.t
+	if s.counter < t.rekeyAfterMessages && !(s.initiator && now-s.created >= t.rekeyAfterTime) {
+		return false
+	}
+	return now >= p.nextInit.Load()
+}
+
+// flush sends what was staged, or else, if probe, an empty message.
+func (p *Peer) flush(now int64, probe bool) {
+	p.sendMu.Lock()
+	defer p.sendMu.Unlock()
+	s := p.usable(now)
+	if s == nil {
+		return
+	}
+	defer s.release()
+	if p.staged.Load() > 0 {
+		p.seal(s, p.dev.stage.take(p), now)
+		return
+	}
+	if probe {
+		var msg [sizeKeepalive]byte
+		sealAt(msg[:], s, 0)
+		p.sent(now, sizeKeepalive)
+		p.conduit.Send(msg[:], sizeKeepalive)
+	}
+}
+
+// sealAt seals the n bytes that lie in b after the room for the header, and completes the
+// message: type 4, receiver 4, counter 8, then the sealed packet. sendMu is held.
+func sealAt(b []byte, s *session, n int) {
+	le.PutUint32(b[4:], 0) // with the counter, the nonce: 4 zero bytes and 8 of counter (paper §5.4.6)
+	le.PutUint64(b[8:], s.counter)
+	s.counter++
+	s.send.Seal(b[sizeHeader:sizeHeader], b[4:16], b[sizeHeader:sizeHeader+n], nil)
+	le.PutUint32(b, typeData)
+	le.PutUint32(b[4:], s.remote)
+}
+
+// sent notes that n bytes of authentic messages leave. sendMu is held.
+func (p *Peer) sent(now int64, n int) {
+	p.txBytes.Add(uint64(n))
+	p.lastTx.Store(now)
+	if p.owed.Load() != 0 {
+		p.owed.Store(0)
+	}
+}
+
+// seal seals and transmits all of src on s, which is acquired. sendMu is held over counter,
+// sealing and transmission, so that a message never comes after 8,192 younger ones because
+// its goroutine was preempted.
+func (p *Peer) seal(s *session, src Source, now int64) (err error) {
+	d := p.dev
+	buf := d.pool.get()
+	defer d.pool.put(buf)
+	b, most := *buf, d.mtu+sizeHeader+sizeTag
+	off, seg, count := 0, 0, 0
+	total := 0
+	transmit := func() {
+		if off > 0 {
+			if e := p.conduit.Send(b[:off], seg); e != nil && err == nil {
+				err = e
+			}
+		}
+		total += off
+		off, count = 0, 0
+	}
+	for {
+		if off+most > len(b) || count == maxSegments {
+			transmit()
+		}
+		if s.counter >= d.t.rejectAfterMessages {
+			transmit()
+			d.stage.add(p, src, now)
+			break
+		}
+		n := src.Next(b[off+sizeHeader : off+sizeHeader+d.mtu])
+		if n <= 0 {
+			break
+		}
+		if n > d.mtu {
+			continue // a faulty Source
+		}
+		// Padding to 16 bytes hides the exact length; it never exceeds the MTU (paper §5.4.6).
+		padded := min((n+15)&^15, d.mtu)
+		if count > 0 && padded+sizeHeader+sizeTag > seg {
+			at := off + sizeHeader
+			transmit()
+			copy(b[sizeHeader:], b[at:at+n])
+		}
+		clear(b[off+sizeHeader+n : off+sizeHeader+padded])
+		sealAt(b[off:], s, padded)
+		size := padded + sizeHeader + sizeTag
+		if count == 0 {
+			seg = size
+		}
+		off += size
+		count++
+		if size < seg {
+			transmit()
+		}
+	}
+	transmit()
+	if total > 0 {
+		p.sent(now, total)
+		if p.unanswered.Load() == 0 {
+			since := now + jitter(d.t.jitter)
+			p.unanswered.Store(since)
+			d.sched.wakeBy(p, since+d.t.keepaliveTimeout+d.t.rekeyTimeout)
+		}
+		d.sched.wakeBy(&d.janitor, now+trimInterval)
+	}
+	return err
+}
+
+const trimInterval = int64(10 * time.Second)
+
+// pool holds the batch buffers. There are no more of the large ones than goroutines that can
+// run at once, twice over; whoever finds none left gets a small one that is not kept. The timer
+// takes away what lay unused for a while.
+type pool struct {
+	mu     sync.Mutex
+	free   []*[]byte // the last one used lies on top, warm
+	out    int       // large ones in use
+	max    int
+	low    int // the fewest that lay free since the last trim
+	large  int
+	small  int
+	closed bool
+}
+
+func (q *pool) init(mtu int) {
+	msg := mtu + sizeHeader + sizeTag
+	q.large = max(min(maxBatch/msg, maxSegments), 1) * msg
+	q.small = min(4*msg, q.large)
+	q.max = 2 * runtime.GOMAXPROCS(0)
+}
+
+func (q *pool) get() *[]byte {
+	q.mu.Lock()
+	if n := len(q.free); n > 0 {
+		b := q.free[n-1]
+		q.free[n-1] = nil
+		q.free = q.free[:n-1]
+		q.low = min(q.low, n-1)
+		q.out++
+		q.mu.Unlock()
+		return b
+	}
+	n := q.small
+	if q.out < q.max {
+		q.out++
+		n = q.large
+	}
+	q.mu.Unlock()
+	b := make([]byte, n)
+	return &b
+}
+
+func (q *pool) put(b *[]byte) {
+	if len(*b) != q.large {
+		return
+	}
+	q.mu.Lock()
+	q.out--
+	if !q.closed && len(q.free) < q.max {
+		q.free = append(q.free, b)
+	}
+	q.mu.Unlock()
+}
+
+// trim frees the buffers that nobody needed since the last call, and reports whether any is left.
+func (q *pool) trim() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := min(q.low, len(q.free))
+	for i := range n {
+		q.free[i] = nil
+	}
+	q.free = append(q.free[:0], q.free[n:]...)
+	q.low = len(q.free)
+	return len(q.free)+q.out > 0
+}
+
+func (q *pool) close() {
+	q.mu.Lock()
+	q.closed, q.free = true, nil
+	q.mu.Unlock()
+}
