@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"maps"
 	"net/netip"
+	"reflect"
 	"slices"
 	"time"
 
@@ -178,14 +179,23 @@ func (a *apply) rest(r *tailcfg.MapResponse) {
 	if r.DERPMap != nil {
 		m.DERPMap = mergeDERP(m.DERPMap, r.DERPMap)
 	}
-	a.c.DERPMap = m.DERPMap != old.DERPMap
+	m.DERPMap, a.c.DERPMap = keep(old.DERPMap, m.DERPMap)
 	if r.DNSConfig != nil {
 		m.DNS = r.DNSConfig
 	}
-	a.c.DNS = m.DNS != old.DNS || a.c.Self
+	m.DNS, a.c.DNS = keep(old.DNS, m.DNS)
 	a.applyFilters(r)
 	a.applyProfiles(r.UserProfiles)
 	a.applyHealth(r)
+}
+
+// keep returns old if next says the same, else next, and whether it is another.
+// Control repeats itself on every new stream.
+func keep[T any](old, next *T) (*T, bool) {
+	if old == next || reflect.DeepEqual(old, next) {
+		return old, false
+	}
+	return next, true
 }
 
 // mergeDERP returns cur as changed by d: what d leaves zero stays. A set of
@@ -217,7 +227,7 @@ func mergeDERP(cur, d *tailcfg.DERPMap) *tailcfg.DERPMap {
 
 func (a *apply) applyFilters(r *tailcfg.MapResponse) {
 	if r.PacketFilter == nil && r.PacketFilters == nil {
-		a.c.Filter = a.m.FilterSet != a.old.FilterSet
+		a.c.Filter = a.m.FilterSet != a.old.FilterSet // a new stream without a filter
 		return
 	}
 	fs := maps.Clone(a.filters)
@@ -246,7 +256,12 @@ func (a *apply) applyFilters(r *tailcfg.MapResponse) {
 		all = append(all, fs[name]...)
 	}
 	a.filters = fs
-	a.m.Filter, a.m.FilterSet, a.c.Filter = all, true, true
+	a.m.Filter, a.m.FilterSet = all, true
+	if a.old.FilterSet && reflect.DeepEqual(a.old.Filter, all) {
+		a.m.Filter = a.old.Filter
+	} else {
+		a.c.Filter = true
+	}
 }
 
 func (a *apply) applyProfiles(ps []tailcfg.UserProfile) {

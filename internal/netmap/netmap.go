@@ -5,7 +5,6 @@
 package netmap
 
 import (
-	"encoding/binary"
 	"hash/maphash"
 	"iter"
 	"net/netip"
@@ -105,7 +104,7 @@ func (m *Map) PeerByAddr(a netip.Addr) *Node {
 // that covers a. It returns nil for this node's own addresses. Default
 // routes (0.0.0.0/0, ::/0) do not count: an exit node is used by choice only.
 func (m *Map) Route(a netip.Addr) *Node {
-	if m == nil || m.routes == nil || m.Self.HasAddr(a) {
+	if m == nil || m.routes == nil || m.Self != nil && m.Self.HasAddr(a) {
 		return nil
 	}
 	n, _ := m.routes.Lookup(a)
@@ -116,7 +115,7 @@ func (m *Map) Route(a netip.Addr) *Node {
 // qualified, with or without the trailing dot, or the first label alone for a node of this tailnet.
 // Case does not matter. It returns nil if there is none.
 func (m *Map) ByName(name string) *Node {
-	if m == nil {
+	if m == nil || m.Self == nil {
 		return nil
 	}
 	var buf [256]byte
@@ -171,7 +170,7 @@ func (m *Map) Expired(n *Node, now time.Time) bool {
 // NextExpiry returns when, by this host's clock, the next key expires after
 // now, this node's included; the zero time if none does. It looks at every peer.
 func (m *Map) NextExpiry(now time.Time) (next time.Time) {
-	if m == nil {
+	if m == nil || m.Self == nil {
 		return next
 	}
 	look := func(n *Node) {
@@ -192,7 +191,7 @@ func (m *Map) NextExpiry(now time.Time) (next time.Time) {
 // HasCap reports whether the node that has src as one of its addresses, this
 // node included, has the node capability. It does not allocate: package filter asks it for packets.
 func (m *Map) HasCap(src netip.Addr, c tailcfg.NodeCapability) bool {
-	if m == nil {
+	if m == nil || m.Self == nil {
 		return false
 	}
 	if m.Self.HasAddr(src) {
@@ -221,12 +220,6 @@ func hashName(s maphash.Seed, name string) (uint64, bool) {
 		return 0, false
 	}
 	return maphash.Bytes(s, q), true
-}
-
-func hashID(s maphash.Seed, id int64) uint64 {
-	var b [8]byte
-	binary.LittleEndian.PutUint64(b[:], uint64(id))
-	return maphash.Bytes(s, b[:])
 }
 
 // fold appends name in lower case without the trailing dot. ok is false if it
