@@ -67,9 +67,10 @@ type Client struct {
 	mu      sync.Mutex // guards what follows; never held while waiting
 	closed  bool
 	conn    *http.ClientConn
-	raw     net.Conn      // beneath conn
-	dialing chan struct{} // closed when the dial under way is over; nil: none
-	dialErr error         // of the last dial
+	raw     net.Conn           // beneath conn
+	dialing chan struct{}      // closed when the dial under way is over; nil: none
+	stop    context.CancelFunc // of the dial under way
+	dialErr error              // of the last dial
 	ckey    key.MachinePublic
 
 	ctx    context.Context // ends with Close
@@ -146,45 +147,58 @@ func (c *Client) Drop() {
 	}
 }
 
-// get returns the connection, and opens one if there is none that works. Callers that come
-// while one is being opened wait for that one.
-func (c *Client) get(ctx context.Context) (*http.ClientConn, error) {
+// AbortDial gives up a dial under way, if any: after a change of network it may wait for an
+// answer that cannot come.
+func (c *Client) AbortDial() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.dialing != nil {
+		c.stop()
+	}
+}
+
+// get returns the connection, and opens one if there is none that works; used says that it
+// was open already. Callers that come while one is being opened wait for that one.
+func (c *Client) get(ctx context.Context) (conn *http.ClientConn, used bool, err error) {
 	for first := true; ; first = false {
 		c.mu.Lock()
 		if c.closed {
 			c.mu.Unlock()
-			return nil, ErrClosed
+			return nil, false, ErrClosed
 		}
 		if c.conn != nil {
 			if c.conn.Err() == nil {
 				defer c.mu.Unlock()
-				return c.conn, nil
+				return c.conn, first, nil
 			}
 			c.conn, c.raw = nil, nil
 		}
 		if !first && c.dialing == nil && c.dialErr != nil {
 			defer c.mu.Unlock()
-			return nil, c.dialErr
+			return nil, false, c.dialErr
 		}
 		if c.dialing == nil {
 			c.dialing = make(chan struct{})
+			ctx, cancel := context.WithCancel(c.ctx)
+			c.stop = cancel
 			c.wg.Add(1)
-			go c.open(c.dialing)
+			go c.open(ctx, cancel, c.dialing)
 		}
 		wait := c.dialing
 		c.mu.Unlock()
 		select {
 		case <-wait:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("control: connecting to %s: %w", c.base, context.Cause(ctx))
+			return nil, false, fmt.Errorf("control: connecting to %s: %w", c.base, context.Cause(ctx))
 		}
 	}
 }
 
 // open opens a connection for all who wait on done.
-func (c *Client) open(done chan struct{}) {
+func (c *Client) open(ctx context.Context, cancel context.CancelFunc, done chan struct{}) {
 	defer c.wg.Done()
-	conn, raw, err := c.connect(c.ctx)
+	defer cancel()
+	conn, raw, err := c.connect(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.dialing, c.dialErr = nil, err
@@ -224,15 +238,15 @@ func (c *Client) innerURL(path string) string {
 	return "https://" + c.base.Host + c.base.Path + path
 }
 
-// do makes a request within the Noise channel. A request that met a connection which had
-// just ended, and whose body can be sent again, is tried once more on a new one.
+// do makes a request within the Noise channel. Where the connection turns out to have ended
+// before an answer came, the request is made once more on a new one; all requests of this
+// protocol can be repeated.
 func (c *Client) do(req *http.Request) (*http.Response, error) {
 	for try := 0; ; try++ {
-		conn, err := c.get(req.Context())
+		conn, used, err := c.get(req.Context())
 		if err != nil {
 			return nil, err
 		}
-		stale := conn.Err() != nil
 		resp, err := conn.RoundTrip(req)
 		if err == nil {
 			return resp, nil
@@ -240,16 +254,7 @@ func (c *Client) do(req *http.Request) (*http.Response, error) {
 		if cause := context.Cause(req.Context()); cause != nil {
 			return nil, fmt.Errorf("control: %s: %w", req.URL.Path, cause)
 		}
-		c.mu.Lock()
-		closed := c.closed
-		if c.conn == conn && conn.Err() != nil {
-			c.conn, c.raw = nil, nil
-		}
-		c.mu.Unlock()
-		if closed {
-			return nil, ErrClosed
-		}
-		if try == 0 && stale && req.GetBody != nil {
+		if try == 0 && used && conn.Err() != nil && req.GetBody != nil {
 			if req.Body, err = req.GetBody(); err == nil {
 				continue
 			}

@@ -93,6 +93,7 @@ func (c *Client) connect(ctx context.Context) (*http.ClientConn, net.Conn, error
 	ctx, cancel := context.WithTimeoutCause(ctx, dialTimeout, fmt.Errorf("control: no connection to %s within %v", c.base, dialTimeout))
 	defer cancel()
 	nc, err := c.channel(ctx)
+	c.outer.CloseIdleConnections() // the key fetch's, if the channel did not take it
 	if err != nil {
 		return nil, nil, err
 	}
@@ -121,7 +122,7 @@ func (c *Client) channel(ctx context.Context) (*noise.Conn, error) {
 			c.ckey = k
 			c.mu.Unlock()
 		}
-		nc, err := c.dialChannel(ctx, ckey)
+		nc, err := c.dialChannel(ctx, ckey, fetched)
 		switch {
 		case err == nil:
 			return nc, nil
@@ -198,8 +199,8 @@ type route struct {
 
 // routes returns the way to try first, and the one to try if it fails or is slow, which may be
 // nil. An explicit port with https is the only way. Without a port, port 80 comes first: what
-// passes there is Noise, which needs no TLS around it.
-func (c *Client) routes(recent bool) (first, second *url.URL) {
+// passes there is Noise, which needs no TLS around it; unless tls asks to begin with port 443.
+func (c *Client) routes(tls bool) (first, second *url.URL) {
 	at := func(scheme, port string) *url.URL {
 		return &url.URL{Scheme: scheme, Host: net.JoinHostPort(c.base.Hostname(), port), Path: c.base.Path + upgradePath}
 	}
@@ -210,7 +211,7 @@ func (c *Client) routes(recent bool) (first, second *url.URL) {
 	if c.base.Scheme == "http" && isPrivate(c.base.Hostname()) {
 		return at("http", "80"), nil
 	}
-	if recent {
+	if tls {
 		return at("https", "443"), at("http", "80")
 	}
 	return at("http", "80"), at("https", "443")
@@ -223,11 +224,13 @@ func isPrivate(host string) bool {
 }
 
 // dialChannel opens a channel to the server with the key ckey: by the dial plan if control
-// gave one, and otherwise or if that fails by the server's name.
-func (c *Client) dialChannel(ctx context.Context, ckey key.MachinePublic) (*noise.Conn, error) {
-	plan := c.plan.Load()
-	if plan != nil {
-		if nc, err := c.dialPlan(ctx, ckey, plan); nc != nil {
+// gave one, and otherwise or if that fails by the server's name. fetched says that the key was
+// just fetched, so that a connection to the server is open.
+func (c *Client) dialChannel(ctx context.Context, ckey key.MachinePublic, fetched bool) (*noise.Conn, error) {
+	last := c.lastDial.Load()
+	tls := c.base.Scheme == "https" && fetched || last != 0 && time.Since(time.Unix(0, last)) < recentDial
+	if plan := c.plan.Load(); plan != nil && !fetched {
+		if nc, err := c.dialPlan(ctx, ckey, plan, tls); nc != nil {
 			return nc, nil
 		} else if err != nil {
 			if errors.Is(err, noise.ErrHandshake) || ctx.Err() != nil {
@@ -236,12 +239,12 @@ func (c *Client) dialChannel(ctx context.Context, ckey key.MachinePublic) (*nois
 			c.log.Debug("control: none of the dial plan's addresses answers; using the name", "err", err)
 		}
 	}
-	return c.dialHost(ctx, ckey, netip.Addr{})
+	return c.dialHost(ctx, ckey, netip.Addr{}, tls)
 }
 
 // dialPlan tries the plan's addresses. It returns nil and no error for a plan without any.
 // Candidates that are reached by way of another host (ACEHost) are left out.
-func (c *Client) dialPlan(ctx context.Context, ckey key.MachinePublic, plan *tailcfg.ControlDialPlan) (*noise.Conn, error) {
+func (c *Client) dialPlan(ctx context.Context, ckey key.MachinePublic, plan *tailcfg.ControlDialPlan, tls bool) (*noise.Conn, error) {
 	cands := slices.DeleteFunc(slices.Clone(plan.Candidates), func(p tailcfg.ControlIPCandidate) bool {
 		return !p.IP.IsValid() || p.ACEHost != ""
 	})
@@ -256,7 +259,7 @@ func (c *Client) dialPlan(ctx context.Context, ckey key.MachinePublic, plan *tai
 			dial: func(ctx context.Context) (*noise.Conn, error) {
 				ctx, cancel := context.WithTimeout(ctx, seconds(p.DialTimeoutSec, 5*time.Second, 20*time.Second))
 				defer cancel()
-				return c.dialHost(ctx, ckey, p.IP)
+				return c.dialHost(ctx, ckey, p.IP, tls)
 			},
 		}
 	}
@@ -276,9 +279,8 @@ func seconds(s float64, def, max time.Duration) time.Duration {
 }
 
 // dialHost opens a channel by the routes to the server, at ip if that is valid.
-func (c *Client) dialHost(ctx context.Context, ckey key.MachinePublic, ip netip.Addr) (*noise.Conn, error) {
-	last := c.lastDial.Load()
-	first, second := c.routes(last != 0 && time.Since(time.Unix(0, last)) < recentDial)
+func (c *Client) dialHost(ctx context.Context, ckey key.MachinePublic, ip netip.Addr, tls bool) (*noise.Conn, error) {
+	first, second := c.routes(tls)
 	via := func(u *url.URL) func(context.Context) (*noise.Conn, error) {
 		return func(ctx context.Context) (*noise.Conn, error) {
 			nc, err := c.upgrade(ctx, route{u, ip}, ckey)

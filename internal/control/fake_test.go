@@ -98,7 +98,9 @@ func (s *stream) send(m *tailcfg.MapResponse) {
 	s.raw(frame(compress(j)))
 }
 
-func frame(b []byte) []byte { return append(binary.LittleEndian.AppendUint32(nil, uint32(len(b))), b...) }
+func frame(b []byte) []byte {
+	return append(binary.LittleEndian.AppendUint32(nil, uint32(len(b))), b...)
+}
 
 func compress(b []byte) []byte {
 	e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
