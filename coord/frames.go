@@ -1,0 +1,329 @@
+package coord
+
+import (
+	"cmp"
+	"encoding/binary"
+	"encoding/json"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/tailnode/tailnode/internal/tailcfg"
+)
+
+// zenc compresses frames. EncodeAll may be called by many goroutines.
+var zenc = sync.OnceValue(func() *zstd.Encoder {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(2),
+		zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(256<<10))
+	if err != nil {
+		panic("coord: " + err.Error()) // the options are constants
+	}
+	return e
+})
+
+// frame is one message of a map stream: what goes into it, and after encode its bytes.
+type frame struct {
+	from, to uint64
+	base     tailcfg.MapResponse
+	list     string   // "Peers" or "PeersChanged"
+	peers    [][]byte // JSON of the nodes in list
+
+	once [2]sync.Once // plain, compressed
+	out  [2][]byte
+	err  [2]error
+}
+
+// frameKey names what makes two streams' deltas the same.
+type frameKey struct {
+	from  uint64
+	named bool // packet filters by name
+}
+
+// bytes returns the message with its length in front: 4 bytes, least significant first. It is
+// safe for concurrent use, and the work is done once.
+func (f *frame) bytes(compress bool) ([]byte, error) {
+	i := 0
+	if compress {
+		i = 1
+	}
+	f.once[i].Do(func() { f.out[i], f.err[i] = f.encode(compress) })
+	return f.out[i], f.err[i]
+}
+
+func (f *frame) encode(compress bool) ([]byte, error) {
+	base, err := json.Marshal(&f.base)
+	if err != nil {
+		return nil, err
+	}
+	n := 4 + len(base) + len(f.list) + 8
+	for _, p := range f.peers {
+		n += len(p) + 1
+	}
+	b := append(make([]byte, 4, n), base...)
+	if len(f.peers) > 0 {
+		b = b[:len(b)-1] // the closing brace
+		if len(base) > 2 {
+			b = append(b, ',')
+		}
+		b = append(append(append(b, '"'), f.list...), `":[`...)
+		for i, p := range f.peers {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = append(b, p...)
+		}
+		b = append(b, `]}`...)
+	}
+	if compress {
+		b = zenc().EncodeAll(b[4:], make([]byte, 4, 4+len(b)/4))
+	}
+	binary.LittleEndian.PutUint32(b, uint32(len(b)-4))
+	return b, nil
+}
+
+// keepAlive is the frame that says nothing.
+var keepAlive = &frame{base: tailcfg.MapResponse{KeepAlive: true}}
+
+// setRules puts the packet filter into m in the form that n's version knows.
+func (t *tailnet) setRules(m *tailcfg.MapResponse, n *node, named bool) {
+	rules := t.rules
+	if n != nil && n.rec.Filter != nil {
+		if r, err := n.rec.Filter.rules(); err == nil { // checked when it was set
+			rules = r
+		}
+	}
+	if named {
+		m.PacketFilters = tailcfg.PacketFilterDelta{"base": rules}
+	} else {
+		m.PacketFilter = &rules
+	}
+}
+
+// setMessages puts n's messages into m.
+func (n *node) setMessages(m *tailcfg.MapResponse) {
+	if n.live.Cap < 117 {
+		texts := []string{}
+		for _, x := range n.messages {
+			texts = append(texts, x.Title+": "+x.Text)
+		}
+		m.Health = &texts
+		return
+	}
+	m.DisplayMessages = tailcfg.DisplayMessages{"*": nil}
+	for _, x := range n.messages {
+		m.DisplayMessages[x.ID] = &tailcfg.DisplayMessage{Title: x.Title, Text: x.Text, Severity: cmp.Or(x.Severity, "medium")}
+	}
+}
+
+// full makes the first message of a map stream, or the answer to a request for one map.
+func (s *Server) full(n *node, ver tailcfg.CapabilityVersion, omitPeers bool, now time.Time) *frame {
+	t := s.net
+	f := &frame{to: t.seq, list: "Peers"}
+	m := &f.base
+	m.Node = t.wire(n, s.domain, true, now)
+	m.DERPMap = t.derp
+	m.DNSConfig = &tailcfg.DNSConfig{Proxied: true, Domains: []string{s.domain}}
+	m.Domain = s.domain
+	m.CollectServices = tailcfg.False
+	m.Debug = &tailcfg.Debug{DisableLogTail: true}
+	m.ControlTime = &now
+	t.setRules(m, n, ver >= capNamedFilters)
+	if len(n.messages) > 0 {
+		n.setMessages(m)
+	}
+	for _, u := range t.users {
+		m.UserProfiles = append(m.UserProfiles, t.profile(u))
+	}
+	slices.SortFunc(m.UserProfiles, func(a, b tailcfg.UserProfile) int { return cmp.Compare(a.ID, b.ID) })
+	if !omitPeers && !n.blind(now) {
+		t.allPeers(f, n, s.domain, now)
+	}
+	return f
+}
+
+// allPeers puts every node that n sees into f, sorted by ID.
+func (t *tailnet) allPeers(f *frame, n *node, domain string, now time.Time) {
+	ids := make([]*node, 0, len(t.nodes))
+	for _, p := range t.nodes {
+		if p != n && p.visible() {
+			ids = append(ids, p)
+		}
+	}
+	slices.SortFunc(ids, func(a, b *node) int { return cmp.Compare(a.rec.ID, b.rec.ID) })
+	f.peers = make([][]byte, len(ids))
+	for i, p := range ids {
+		f.peers[i] = t.peerJSON(p, domain, now)
+	}
+}
+
+// delta makes the message that brings st from its cursor to now, or nil if there is nothing to say to
+// its node; the cursor moves on either way.
+func (s *Server) delta(st *stream, now time.Time) *frame {
+	t, n := s.net, st.node
+	from := st.cursor
+	if from == t.seq && len(n.pings) == 0 {
+		return nil
+	}
+	self := max(n.selfSeq, n.top) > from || len(n.pings) > 0
+	blind := n.blind(now)
+	resync := from < t.forgot || blind != st.blind
+	if !self && !blind && !resync && !(n.rec.Filter != nil && t.ruleSeq > from) && !st.omitPeers {
+		k := frameKey{from, st.named}
+		if f := t.frames[k]; f != nil {
+			st.cursor = f.to
+			return f.orNil()
+		}
+		if t.frameSeq != t.seq && len(t.frames) > 16 {
+			clear(t.frames)
+		}
+		f := &frame{from: from, to: t.seq, list: "PeersChanged"}
+		t.changes(f, nil, st.named, s.domain, now)
+		t.frames[k], t.frameSeq = f, t.seq
+		st.cursor = f.to
+		return f.orNil()
+	}
+
+	f := &frame{from: from, to: t.seq, list: "PeersChanged"}
+	m := &f.base
+	st.cursor, st.blind = t.seq, blind
+	switch {
+	case st.omitPeers || blind && !resync:
+	case resync && blind:
+		for _, p := range t.nodes {
+			if p != n {
+				m.PeersRemoved = append(m.PeersRemoved, p.rec.ID)
+			}
+		}
+		slices.Sort(m.PeersRemoved)
+	case resync:
+		f.list = "Peers"
+		t.allPeers(f, n, s.domain, now)
+	default:
+		t.changes(f, n, st.named, s.domain, now)
+	}
+	t.globals(m, n, from, st.named)
+	if max(n.selfSeq, n.seq[whole], n.seq[nodeKey], n.seq[keyExpiry], n.seq[homeDERP]) > from {
+		m.Node = t.wire(n, s.domain, true, now)
+		if n.selfSeq > from {
+			t.setRules(m, n, st.named)
+			n.setMessages(m)
+		}
+	}
+	if len(n.pings) > 0 { // one per message
+		m.PingRequest = n.pings[0].req
+		n.pings = slices.Delete(n.pings, 0, 1)
+		if len(n.pings) > 0 {
+			st.poke()
+		}
+	}
+	return f.orNil()
+}
+
+// orNil returns nil if f says nothing.
+func (f *frame) orNil() *frame {
+	m := &f.base
+	if len(f.peers) == 0 && f.list != "Peers" && m.Node == nil && m.PeersRemoved == nil && m.PeersChangedPatch == nil && m.OnlineChange == nil &&
+		m.DERPMap == nil && m.UserProfiles == nil && m.PacketFilter == nil && m.PacketFilters == nil && m.PingRequest == nil {
+		return nil
+	}
+	return f
+}
+
+// globals puts into m what changed since from and concerns all nodes.
+func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named bool) {
+	if t.derpSeq > from {
+		m.DERPMap = t.derp
+	}
+	if t.ruleSeq > from {
+		t.setRules(m, n, named)
+	}
+	m.UserProfiles = nil
+	for id, seq := range t.userSeq {
+		if seq > from {
+			m.UserProfiles = append(m.UserProfiles, t.profile(t.users[id]))
+		}
+	}
+}
+
+// changes fills f with what changed since f.from, leaving out the node self (nil: none).
+func (t *tailnet) changes(f *frame, self *node, named bool, domain string, now time.Time) {
+	m := &f.base
+	if self == nil {
+		t.globals(m, nil, f.from, named)
+	}
+	var whole_ []*node
+	for n := t.newest; n != nil && n.top > f.from; n = n.older {
+		switch {
+		case n == self || !n.visible():
+		case n.seq[whole] > f.from:
+			whole_ = append(whole_, n)
+		default:
+			t.patch(m, n, f.from)
+		}
+	}
+	slices.SortFunc(whole_, func(a, b *node) int { return cmp.Compare(a.rec.ID, b.rec.ID) })
+	for _, n := range whole_ {
+		f.peers = append(f.peers, t.peerJSON(n, domain, now))
+	}
+	for i := len(t.removed) - 1; i >= 0 && t.removed[i].seq > f.from; i-- {
+		if r := t.removed[i]; self == nil || r.id != self.rec.ID {
+			if n := t.nodes[r.id]; n == nil || !n.visible() { // it may be back
+				m.PeersRemoved = append(m.PeersRemoved, r.id)
+			}
+		}
+	}
+	slices.Sort(m.PeersRemoved)
+	m.PeersRemoved = slices.Compact(m.PeersRemoved)
+	slices.SortFunc(m.PeersChangedPatch, func(a, b *tailcfg.PeerChange) int { return cmp.Compare(a.NodeID, b.NodeID) })
+}
+
+// patch adds to m the aspects of n that changed since from.
+func (t *tailnet) patch(m *tailcfg.MapResponse, n *node, from uint64) {
+	c := &tailcfg.PeerChange{NodeID: n.rec.ID}
+	other := false
+	changed := func(a aspect) bool {
+		if n.seq[a] <= from {
+			return false
+		}
+		other = true
+		return true
+	}
+	if changed(endpoints) {
+		c.Endpoints = n.live.Endpoints
+	}
+	if changed(homeDERP) {
+		c.DERPRegion = n.live.HomeDERP
+	}
+	if changed(disco) {
+		d := n.live.Disco
+		c.DiscoKey = &d
+	}
+	if changed(nodeKey) {
+		k := n.rec.Key
+		c.Key = &k
+	}
+	if changed(keyExpiry) {
+		e := n.rec.KeyExpiry
+		c.KeyExpiry = &e
+	}
+	if changed(capVer) {
+		c.Cap = n.live.Cap
+	}
+	if n.seq[online] > from {
+		is := n.stream != nil
+		if is && !other { // nothing to say but this
+			if m.OnlineChange == nil {
+				m.OnlineChange = map[tailcfg.NodeID]bool{}
+			}
+			m.OnlineChange[n.rec.ID] = true
+			return
+		}
+		c.Online = &is
+		if !is && !n.live.LastSeen.IsZero() {
+			seen := n.live.LastSeen
+			c.LastSeen = &seen
+		}
+	}
+	m.PeersChangedPatch = append(m.PeersChangedPatch, c)
+}
