@@ -17,11 +17,15 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailnode/tailnode/internal/stun"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
 // DefaultTimeout bounds a check.
 const DefaultTimeout = 500 * time.Millisecond
+
+// defaultSTUNPort is the port of a node that names none (RFC 8489 §8.1).
+const defaultSTUNPort = 3478
 
 // ErrNoRegion reports a DERP map without a region that may be home.
 var ErrNoRegion = errors.New("netcheck: no relay region may be home")
@@ -89,8 +93,6 @@ func (r *Report) NetInfo() *tailcfg.NetInfo {
 	return ni
 }
 
-type txID = [12]byte
-
 // answer is what a probe brought.
 type answer struct {
 	region int
@@ -112,7 +114,7 @@ type check struct {
 	conns map[Kind]net.PacketConn
 
 	mu   sync.Mutex
-	sent map[txID]sentProbe
+	sent map[stun.TxID]sentProbe
 
 	names   map[string]*name // by host name, owned by the run's goroutine
 	answers chan answer
@@ -170,7 +172,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	c := &check{
 		cfg: cfg, ctx: cctx,
 		conns:   map[Kind]net.PacketConn{},
-		sent:    map[txID]sentProbe{},
+		sent:    map[stun.TxID]sentProbe{},
 		names:   map[string]*name{},
 		answers: make(chan answer, 16),
 	}
@@ -371,14 +373,14 @@ func (c *check) fail() { c.failed <- struct{}{} }
 func (c *check) sendSTUN(p Probe, a netip.Addr) {
 	port := p.Node.STUNPort
 	if port == 0 {
-		port = stunPort
+		port = defaultSTUNPort
 	}
-	tx := newTx()
+	tx := stun.NewTxID()
 	c.mu.Lock()
 	c.sent[tx] = sentProbe{p, time.Now()}
 	c.mu.Unlock()
 	dst := net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, uint16(port)))
-	if _, err := c.conns[p.Kind].WriteTo(stunRequest(tx), dst); err != nil {
+	if _, err := c.conns[p.Kind].WriteTo(stun.AppendRequest(nil, tx), dst); err != nil {
 		c.mu.Lock()
 		delete(c.sent, tx)
 		c.mu.Unlock()
@@ -402,7 +404,7 @@ func (c *check) receive(k Kind, pc net.PacketConn) {
 			}
 			return
 		}
-		tx, addr, err := stunResponse(b[:n])
+		tx, addr, err := stun.ParseResponse(b[:n])
 		if err != nil {
 			continue
 		}

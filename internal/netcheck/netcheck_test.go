@@ -2,7 +2,6 @@ package netcheck
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
@@ -14,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/tailnode/tailnode/internal/memnet"
+	"github.com/tailnode/tailnode/internal/stun"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -151,13 +151,11 @@ func TestPlanIncremental(t *testing.T) {
 
 // bed is a network with relays for the regions, each at its own distance.
 type bed struct {
-	net   *memnet.Network
-	host  *memnet.Host
-	udp   bool
-	dist  map[netip.Addr]time.Duration // round trip
-	sent  int
-	stop  []func() error
-	stale time.Duration
+	net  *memnet.Network
+	host *memnet.Host
+	udp  bool
+	dist map[netip.Addr]time.Duration // round trip
+	stop []func() error
 }
 
 func newBed(t *testing.T, dm *tailcfg.DERPMap, rtt map[int]time.Duration) *bed {
@@ -212,16 +210,11 @@ func serveSTUN(pc *memnet.PacketConn) {
 		if err != nil {
 			return
 		}
-		if n < 20 {
+		tx, err := stun.ParseRequest(buf[:n])
+		if err != nil {
 			continue
 		}
-		out := append([]byte{1, 1, 0, 12}, buf[4:20]...)
-		out = append(out, 0, 0x20, 0, 8, 0, 1)
-		out = binary.BigEndian.AppendUint16(out, src.Port()^0x2112)
-		a := src.Addr().As4()
-		for i := range a {
-			out = append(out, a[i]^buf[4+i])
-		}
+		out := stun.AppendResponse(nil, tx, src)
 		pc.WriteToUDPAddrPort(out, src)
 	}
 }

@@ -290,7 +290,9 @@ func TestDiscoKeyChange(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(m.Close)
+		w.mu.Lock()
 		b.m = m
+		w.mu.Unlock()
 		m.RelayState(1, true, nil)
 		m.UpsertPeer(a.info(1))
 		a.m.UpsertPeer(b.info(1))
@@ -393,7 +395,12 @@ func TestPeersAreCheap(t *testing.T) {
 }
 
 func TestConcurrentUse(t *testing.T) {
-	m, _, _ := newManager(t)
+	m, err := New(Config{NodeKey: key.NewNode().Public(), DiscoKey: key.NewDisco(), Relay: &fakeRelay{},
+		NewSink: func() Sink { return &nullSink{} }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
 	keys := make([]PeerInfo, 16)
 	for i := range keys {
 		keys[i] = PeerInfo{Key: key.NewNode().Public(), Disco: key.NewDisco().Public(), HomeRegion: 1 + i%3}

@@ -87,7 +87,8 @@ func (n *node) Send(region int, dst key.NodePublic, b []byte, seg int) error {
 			go n.m.PeerGone(region, dst, 1)
 			continue
 		}
-		time.AfterFunc(w.delay, func() { to.m.FromRelay(region, n.key, pkt); to.m.FlushRelay(region) })
+		m := to.m
+		time.AfterFunc(w.delay, func() { m.FromRelay(region, n.key, pkt); m.FlushRelay(region) })
 	}
 	return nil
 }
