@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -141,33 +142,44 @@ func (c *conn) Read(b []byte) (int, error) {
 	c.rd.mu.Lock()
 	defer c.rd.mu.Unlock()
 	for {
+		n, err := c.tryRead(b)
+		if err != errWouldBlock {
+			return n, err
+		}
+		<-c.rd.ready
+	}
+}
+
+var errWouldBlock = errors.New("netstack: would block")
+
+// tryRead reads what is there, with rd.mu held. On errWouldBlock there is nothing yet, and rd.ready tells when to try
+// again.
+func (c *conn) tryRead(b []byte) (int, error) {
+	if c.closed.Load() {
+		return 0, c.fail("read", net.ErrClosed)
+	}
+	if c.rd.timedOut() {
+		return 0, c.fail("read", os.ErrDeadlineExceeded)
+	}
+	if len(b) == 0 {
+		return 0, nil
+	}
+	c.sw = b
+	res, err := c.ep.Read(&c.sw, tcpip.ReadOptions{})
+	c.sw = nil
+	switch err.(type) {
+	case nil:
+		c.moderate(res.Count)
+		return res.Count, nil
+	case *tcpip.ErrWouldBlock:
+		return 0, errWouldBlock
+	case *tcpip.ErrClosedForReceive:
 		if c.closed.Load() {
 			return 0, c.fail("read", net.ErrClosed)
 		}
-		if c.rd.timedOut() {
-			return 0, c.fail("read", os.ErrDeadlineExceeded)
-		}
-		if len(b) == 0 {
-			return 0, nil
-		}
-		c.sw = b
-		res, err := c.ep.Read(&c.sw, tcpip.ReadOptions{})
-		c.sw = nil
-		switch err.(type) {
-		case nil:
-			c.moderate(res.Count)
-			return res.Count, nil
-		case *tcpip.ErrWouldBlock:
-			<-c.rd.ready
-		case *tcpip.ErrClosedForReceive:
-			if c.closed.Load() {
-				return 0, c.fail("read", net.ErrClosed)
-			}
-			return 0, io.EOF
-		default:
-			return 0, c.fail("read", sysError(err, c.closed.Load()))
-		}
+		return 0, io.EOF
 	}
+	return 0, c.fail("read", sysError(err, c.closed.Load()))
 }
 
 // moderate lets the receive buffer grow after n more bytes were read.
@@ -214,21 +226,48 @@ func (c *conn) Write(b []byte) (int, error) {
 
 var copyBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
-type plainReader struct{ io.Reader } // without the WriterTo that io.CopyBuffer would prefer
-type plainWriter struct{ io.Writer } // without the ReaderFrom
-
-// ReadFrom implements io.ReaderFrom with a pooled buffer of the size of the stack's largest segments.
-func (c *conn) ReadFrom(r io.Reader) (int64, error) {
-	b := copyBuffers.Get().(*[64 << 10]byte)
-	defer copyBuffers.Put(b)
-	return io.CopyBuffer(plainWriter{c}, plainReader{r}, b[:])
+// WriteTo implements io.WriterTo, so that io.Copy from a connection that is silent holds no buffer. What is read is
+// copied before w gets it: lent from the stack, it would let a slow w hold up the connection.
+func (c *conn) WriteTo(w io.Writer) (int64, error) {
+	var total int64
+	for {
+		n, err := c.passOn(w)
+		total += int64(n)
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
 }
 
-// WriteTo implements io.WriterTo likewise. The buffer is not lent by the stack: a slow w would hold up the connection.
-func (c *conn) WriteTo(w io.Writer) (int64, error) {
-	b := copyBuffers.Get().(*[64 << 10]byte)
+// passOn waits for data and writes it to w.
+func (c *conn) passOn(w io.Writer) (int, error) {
+	c.rd.mu.Lock()
+	n, err := 0, errWouldBlock
+	var b *[64 << 10]byte
+	for {
+		b = copyBuffers.Get().(*[64 << 10]byte)
+		if n, err = c.tryRead(b[:]); err != errWouldBlock {
+			break
+		}
+		copyBuffers.Put(b)
+		<-c.rd.ready
+	}
+	c.rd.mu.Unlock()
 	defer copyBuffers.Put(b)
-	return io.CopyBuffer(plainWriter{w}, plainReader{c}, b[:])
+	if err != nil {
+		return 0, err
+	}
+	k, err := w.Write(b[:n])
+	if err == nil && k < n {
+		err = io.ErrShortWrite
+	}
+	if k < 0 || k > n {
+		return 0, errors.New("netstack: invalid count from Write")
+	}
+	return k, err
 }
 
 // Close implements net.Conn. What was written is still sent, for a minute after the peer's latest sign of life.

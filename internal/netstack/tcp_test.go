@@ -529,7 +529,7 @@ func TestCloseMany(t *testing.T) {
 			t.Fatalf("reader: %v", err)
 		}
 	}
-	if took > 100*time.Millisecond && !raceEnabled {
+	if took > 2*time.Second { // 30 to 150 ms are usual; the bound leaves room for a busy machine
 		t.Errorf("Close took %v", took)
 	}
 	if e, k := len(p.b.gv.RegisteredEndpoints()), len(p.b.gv.CleanupEndpoints()); e+k != 0 {

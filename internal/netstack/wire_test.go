@@ -27,14 +27,15 @@ type wire struct {
 	closed  bool
 	stopped chan struct{}
 
-	limit int                   // packets queued before the wire drops; 0: 4096
+	mtu   int
+	limit int                   // packets queued before the wire drops
 	drop  func(pkt []byte) bool // called under mu
 	swap  func() bool           // whether to exchange a packet with the one before
 	taps  func(p *Packet)
 }
 
 func newWire() *wire {
-	w := &wire{stopped: make(chan struct{}), limit: 4096}
+	w := &wire{stopped: make(chan struct{}), limit: 4096, mtu: DefaultMTU}
 	w.cond.L = &w.mu
 	return w
 }
@@ -50,7 +51,7 @@ func (w *wire) WritePacket(p *Packet) {
 		if n := len(w.spare); n > 0 {
 			b, w.spare = w.spare[n-1], w.spare[:n-1]
 		} else {
-			b = make([]byte, 9000)
+			b = make([]byte, w.mtu)
 		}
 		n := p.Next(b[:cap(b)])
 		if n == 0 {
@@ -112,7 +113,7 @@ type pair struct {
 func newPair(t testing.TB, edit func(*Config)) *pair {
 	t.Helper()
 	p := &pair{ab: newWire(), ba: newWire()}
-	mk := func(out Output) *Stack {
+	mk := func(out *wire) *Stack {
 		cfg := Config{Output: out}
 		if edit != nil {
 			edit(&cfg)
@@ -121,6 +122,7 @@ func newPair(t testing.TB, edit func(*Config)) *pair {
 		if err != nil {
 			t.Fatal(err)
 		}
+		out.mtu = s.MTU()
 		return s
 	}
 	p.a, p.b = mk(p.ab), mk(p.ba)
