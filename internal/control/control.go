@@ -15,15 +15,18 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/noise"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -67,10 +70,11 @@ type Client struct {
 	mu      sync.Mutex // guards what follows; never held while waiting
 	closed  bool
 	conn    *http.ClientConn
-	raw     net.Conn           // beneath conn
-	dialing chan struct{}      // closed when the dial under way is over; nil: none
-	stop    context.CancelFunc // of the dial under way
-	dialErr error              // of the last dial
+	raw     net.Conn              // beneath conn
+	open    map[*tracked]struct{} // every channel not closed yet: an old one may still carry a stream
+	dialing chan struct{}         // closed when the dial under way is over; nil: none
+	stop    context.CancelFunc    // of the dial under way
+	dialErr error                 // of the last dial
 	ckey    key.MachinePublic
 
 	ctx    context.Context // ends with Close
@@ -96,7 +100,7 @@ func New(cfg Config) (*Client, error) {
 		d := &net.Dialer{Timeout: 30 * time.Second}
 		cfg.Dial = d.DialContext
 	}
-	c := &Client{cfg: cfg, base: u, log: cfg.Logger, ckey: cfg.ControlKey}
+	c := &Client{cfg: cfg, base: u, log: cfg.Logger, ckey: cfg.ControlKey, open: make(map[*tracked]struct{})}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -111,13 +115,16 @@ func New(cfg Config) (*Client, error) {
 func (c *Client) Close() {
 	c.mu.Lock()
 	c.closed = true
-	conn, raw := c.conn, c.raw
+	conn := c.conn
 	c.conn, c.raw = nil, nil
+	open := slices.Collect(maps.Keys(c.open))
 	c.mu.Unlock()
 	c.cancel()
 	if conn != nil {
 		conn.Close()
-		raw.Close()
+	}
+	for _, t := range open {
+		t.Close()
 	}
 	c.wg.Wait()
 	c.outer.CloseIdleConnections()
@@ -145,6 +152,27 @@ func (c *Client) Drop() {
 		conn.Close()
 		raw.Close()
 	}
+}
+
+// tracked is a channel that its Client knows of until it is closed.
+type tracked struct {
+	*noise.EarlyConn
+	c *Client
+}
+
+func (c *Client) track(nc *noise.Conn) *tracked {
+	t := &tracked{noise.NewEarlyConn(nc), c}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open[t] = struct{}{}
+	return t
+}
+
+func (t *tracked) Close() error {
+	t.c.mu.Lock()
+	delete(t.c.open, t)
+	t.c.mu.Unlock()
+	return t.EarlyConn.Close()
 }
 
 // AbortDial gives up a dial under way, if any: after a change of network it may wait for an
@@ -182,7 +210,7 @@ func (c *Client) get(ctx context.Context) (conn *http.ClientConn, used bool, err
 			ctx, cancel := context.WithCancel(c.ctx)
 			c.stop = cancel
 			c.wg.Add(1)
-			go c.open(ctx, cancel, c.dialing)
+			go c.connectFor(ctx, cancel, c.dialing)
 		}
 		wait := c.dialing
 		c.mu.Unlock()
@@ -194,8 +222,8 @@ func (c *Client) get(ctx context.Context) (conn *http.ClientConn, used bool, err
 	}
 }
 
-// open opens a connection for all who wait on done.
-func (c *Client) open(ctx context.Context, cancel context.CancelFunc, done chan struct{}) {
+// connectFor opens a connection for all who wait on done.
+func (c *Client) connectFor(ctx context.Context, cancel context.CancelFunc, done chan struct{}) {
 	defer c.wg.Done()
 	defer cancel()
 	conn, raw, err := c.connect(ctx)

@@ -97,7 +97,7 @@ func (c *Client) connect(ctx context.Context) (*http.ClientConn, net.Conn, error
 	if err != nil {
 		return nil, nil, err
 	}
-	raw := noise.NewEarlyConn(nc)
+	raw := c.track(nc)
 	conn, err := c.inner.NewClientConn(context.WithValue(ctx, channelKey{}, net.Conn(raw)), "https", hostPort(c.base))
 	if err != nil {
 		raw.Close()

@@ -22,7 +22,10 @@ func (s *Session) login(rotate bool) error {
 	var bo backoff
 	for {
 		req := s.registration()
-		s.polling.Store(req.Followup != "")
+		if req.Followup != "" {
+			s.setState(NeedsLogin, nil)
+			s.polling.Store(true)
+		}
 		resp, err := s.client.Register(s.ctx, req)
 		s.polling.Store(false)
 		s.waitLogout()
