@@ -99,7 +99,9 @@ func (t FrameType) String() string {
 	return "frame 0x" + hex.EncodeToString([]byte{byte(t)})
 }
 
-func (t FrameType) known() bool { return t >= ServerKey && t <= ForwardPacket || t >= WatchConns && t <= Restarting }
+func (t FrameType) known() bool {
+	return t >= ServerKey && t <= ForwardPacket || t >= WatchConns && t <= Restarting
+}
 
 // Reasons of a PeerGone frame.
 const (

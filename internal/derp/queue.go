@@ -38,6 +38,7 @@ type Chunk struct {
 	buf  []byte // length: what is used
 	big  *bigBuf
 	refs []ref
+	live int // frames, once popped
 }
 
 // A chunk is cut at chunkTarget, four full TLS records, unless one frame alone is longer.
@@ -85,6 +86,7 @@ func (q *Queue) Pop() *Chunk {
 				copy(c.buf[w:], c.buf[r.off:r.off+r.n])
 			}
 			w += r.n
+			c.live++
 		}
 		if c.buf = c.buf[:w]; w > 0 {
 			return c
@@ -116,13 +118,13 @@ func (q *Queue) Clear() (dropped int) {
 // Bytes returns the chunk's frames. They are valid until Release.
 func (c *Chunk) Bytes() []byte { return c.buf }
 
-// Frames returns the number of frames that were put into the chunk.
-func (c *Chunk) Frames() int { return len(c.refs) }
+// Frames returns how many frames those are.
+func (c *Chunk) Frames() int { return c.live }
 
 // Release gives the chunk's memory back.
 func (c *Chunk) Release() {
 	clear(c.refs)
-	c.buf, c.refs = c.buf[:0], c.refs[:0]
+	c.buf, c.refs, c.live = c.buf[:0], c.refs[:0], 0
 	if c.big != nil {
 		bigChunks.Put(c)
 	} else {

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -48,8 +49,10 @@ type Conn struct {
 	rd     *derp.Reader
 	out    *outbox
 
-	serving atomic.Bool
-	done    chan struct{} // closed when Serve has returned or Close came before it
+	admitted func() // called by Serve once the relay's info is there; may be nil
+	ready    atomic.Bool
+	serving  atomic.Bool
+	done     chan struct{} // closed when Serve has returned or Close came before it
 
 	mu       sync.Mutex
 	closed   bool
@@ -276,7 +279,11 @@ func (c *Conn) read(h Handler) error {
 	defer c.bc.BeforeRead()
 	for {
 		t, p, err := c.rd.Next()
-		if err != nil {
+		switch {
+		case err == nil:
+		case !c.ready.Load() && errors.Is(err, io.EOF):
+			return fmt.Errorf("%w: %w", ErrNotAdmitted, err)
+		default:
 			return fmt.Errorf("derp/client: read: %w", err)
 		}
 		switch t {
@@ -319,6 +326,9 @@ func (c *Conn) control(t derp.FrameType, p []byte) error {
 			return err
 		}
 		c.out.limit(info.TokenBucketBytesPerSecond, info.TokenBucketBytesBurst)
+		if !c.ready.Swap(true) && c.admitted != nil {
+			c.admitted()
+		}
 	case derp.Ping:
 		data, err := derp.ParsePing(p)
 		if err != nil {

@@ -33,6 +33,8 @@ var (
 	ErrPin = errors.New("derp/client: certificate does not match the pin in the DERP map")
 	// ErrUpgrade reports an HTTP server that does not switch to DERP.
 	ErrUpgrade = errors.New("derp/client: server refused the DERP upgrade")
+	// ErrNotAdmitted reports a relay that hung up on our greeting: as a rule it does not admit this node.
+	ErrNotAdmitted = errors.New("derp/client: the relay does not admit this node")
 	// ErrTooLarge reports a packet above the 64 KiB that a relay carries.
 	ErrTooLarge = errors.New("derp/client: packet too large")
 	// ErrRateLimited reports packets dropped to stay within the rate that the relay asked for.

@@ -297,7 +297,8 @@ func (rs *Regions) Stats() []RegionState {
 		s := RegionState{ID: id, Code: r.def.RegionCode, Home: id == rs.home, Err: r.err, RTT: r.rtt,
 			Connecting: r.running && r.conn == nil}
 		if c := r.conn; c != nil {
-			s.Connected, s.Since, s.Relay, s.Health = true, r.since, c.node.Name, c.Health()
+			s.Connected, s.Since, s.Relay, s.Health = c.ready.Load(), r.since, c.node.Name, c.Health()
+			s.Connecting = !s.Connected
 			s.Local, s.Remote = c.nc.LocalAddr(), c.nc.RemoteAddr()
 			s.Received, s.ReceivedBytes = c.received.Load(), c.recvByte.Load()
 			if rtt := c.rtt.Load(); rtt > 0 && r.rtt == 0 {
@@ -378,7 +379,9 @@ func (rs *Regions) run(r *region) {
 		idle.Stop()
 		rs.down(r, c, err)
 	}
-	r.out.clear()
+	if r.ctx.Err() != nil { // else the queue is empty, or another goroutine's by now
+		r.out.clear()
+	}
 }
 
 // await waits until the next attempt is due; false says to look whether it is still wanted.
@@ -443,13 +446,15 @@ func (rs *Regions) up(r *region, c *Conn) bool {
 		c.NotePreferred(true)
 	}
 	rs.mu.Unlock()
+	c.admitted = func() { // packets may go out before, but the relay has not let us in yet
+		rs.log.Info("derp: connected", "region", r.id, "relay", c.node.Name)
+		rs.h.State(r.id, true, nil)
+	}
 	c.probe()
 	r.goneMu.Lock()
 	r.gone = nil
 	r.goneLen.Store(0)
 	r.goneMu.Unlock()
-	rs.log.Info("derp: connected", "region", r.id, "relay", c.node.Name)
-	rs.h.State(r.id, true, nil)
 	return true
 }
 

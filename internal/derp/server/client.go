@@ -41,6 +41,7 @@ type client struct {
 
 	wake chan struct{} // one token: there may be something to write
 	stop chan struct{} // closed when reading ended
+	dead chan struct{} // closed when writing ended
 
 	mu       sync.Mutex // guards the rest
 	closed   bool
@@ -67,6 +68,7 @@ func newClient(s *Server, nc net.Conn, rd *derp.Reader, k key.NodePublic, addr n
 		s: s, nc: nc, rd: rd, key: k, addr: addr, info: info,
 		wake:   make(chan struct{}, 1),
 		stop:   make(chan struct{}),
+		dead:   make(chan struct{}),
 		disco:  derp.Queue{MaxBytes: discoBytes, MaxFrames: discoCount},
 		data:   derp.Queue{MaxBytes: s.cfg.QueueBytes, MaxFrames: s.cfg.QueuePackets},
 		peers:  make(map[*client]*flows),
@@ -83,6 +85,7 @@ func (c *client) run() error {
 	var writeErr error
 	writer.Go(func() {
 		writeErr = c.write()
+		close(c.dead)
 		c.nc.Close() // ends the reader too
 	})
 	err := c.read()
@@ -100,8 +103,9 @@ func (c *client) run() error {
 	return err
 }
 
-// leave empties the connection's queues and, if its key left with it, tells those it spoke with.
-func (c *client) leave(last bool) {
+// leave empties the connection's queues. Those it spoke with are told that its key is gone, or
+// if another connection of the key is left they are told when that one leaves.
+func (c *client) leave(next *client) {
 	c.mu.Lock()
 	c.closed = true
 	c.s.stats.droppedGone.Add(uint64(c.disco.Clear() + c.data.Clear()))
@@ -112,10 +116,22 @@ func (c *client) leave(last bool) {
 		p.mu.Lock()
 		delete(p.peers, c)
 		p.mu.Unlock()
-		if last {
-			c.s.stats.gone.Add(1)
-			p.control(derp.AppendPeerGone(nil, c.key, derp.GoneDisconnected))
+		if next != nil {
+			next.meet(p)
+			p.meet(next)
+			continue
 		}
+		c.s.stats.gone.Add(1)
+		p.control(derp.AppendPeerGone(nil, c.key, derp.GoneDisconnected))
+	}
+}
+
+// meet notes that c and p exchange packets.
+func (c *client) meet(p *client) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed && c.peers[p] == nil {
+		c.meetLocked(p)
 	}
 }
 
@@ -172,11 +188,7 @@ func (c *client) deliver(src *client, packet []byte) bool {
 		c.s.stats.droppedFull.Add(uint64(dropped))
 	}
 	if met && src != c {
-		src.mu.Lock()
-		if !src.closed && src.peers[c] == nil {
-			src.meetLocked(c)
-		}
-		src.mu.Unlock()
+		src.meet(c)
 	}
 	return true
 }
@@ -202,7 +214,7 @@ func (c *client) read() error {
 		if err != nil {
 			return err
 		}
-		if lim != nil && !lim.wait(derp.HeaderLen+len(p), c.stopping()) {
+		if lim != nil && !lim.wait(derp.HeaderLen+len(p), c.dead, c.s.ctx.Done()) {
 			return nil
 		}
 		if c.dup.Load() {
@@ -233,8 +245,6 @@ func (c *client) read() error {
 		}
 	}
 }
-
-func (c *client) stopping() <-chan struct{} { return c.s.ctx.Done() }
 
 // forward hands a packet to whoever holds dst.
 func (c *client) forward(dst key.NodePublic, packet []byte) {
@@ -311,7 +321,7 @@ func (c *client) write() error {
 			if err == nil {
 				if _, err = c.nc.Write(chunk.Bytes()); err == nil {
 					c.s.stats.packetsOut.Add(uint64(chunk.Frames()))
-					c.s.stats.bytesOut.Add(uint64(len(chunk.Bytes())))
+					c.s.stats.bytesOut.Add(uint64(len(chunk.Bytes()) - chunk.Frames()*(derp.HeaderLen+key.Size)))
 				}
 			}
 			chunk.Release()
@@ -353,8 +363,8 @@ func newPacer(rate, burst int) *pacer {
 	return &pacer{rate: float64(rate), burst: float64(burst), tokens: float64(burst), last: time.Now()}
 }
 
-// wait takes n tokens, waiting for them; it reports false when stop was closed first.
-func (p *pacer) wait(n int, stop <-chan struct{}) bool {
+// wait takes n tokens, waiting for them; it reports false when stop or halt was closed first.
+func (p *pacer) wait(n int, stop, halt <-chan struct{}) bool {
 	now := time.Now()
 	p.tokens = min(p.burst, p.tokens+now.Sub(p.last).Seconds()*p.rate) - float64(n)
 	p.last = now
@@ -367,6 +377,7 @@ func (p *pacer) wait(n int, stop <-chan struct{}) bool {
 	case <-t.C:
 		return true
 	case <-stop:
-		return false
+	case <-halt:
 	}
+	return false
 }

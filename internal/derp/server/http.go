@@ -1,11 +1,11 @@
 package server
 
 import (
+	"encoding/hex"
 	"fmt"
 	"net/http"
 	"strings"
-
-	"encoding/hex"
+	"time"
 
 	"github.com/tailnode/tailnode/internal/derp"
 )
@@ -73,6 +73,7 @@ func (s *Server) serveDERP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "cannot upgrade this connection", http.StatusInternalServerError)
 		return
 	}
+	nc.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
 	var buffered []byte
 	if n := brw.Reader.Buffered(); n > 0 {
 		p, _ := brw.Reader.Peek(n)

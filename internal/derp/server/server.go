@@ -83,10 +83,10 @@ type Server struct {
 }
 
 type counters struct {
-	accepted, refused, failed                  atomic.Uint64
-	packetsIn, packetsOut, bytesIn, bytesOut   atomic.Uint64
-	droppedFull, droppedUnknown, droppedGone   atomic.Uint64
-	gone, notHere, slow, duplicates, keepalive atomic.Uint64
+	accepted, refused, failed                atomic.Uint64
+	packetsIn, packetsOut, bytesIn, bytesOut atomic.Uint64
+	droppedFull, droppedUnknown, droppedGone atomic.Uint64
+	gone, notHere, slow, duplicates          atomic.Uint64
 }
 
 // Stats is a snapshot of what the server did.
@@ -381,8 +381,8 @@ func (s *Server) spoke(c *client) {
 	}
 }
 
-// unregister takes c out; it reports whether its key is gone with it.
-func (s *Server) unregister(c *client) (last bool) {
+// unregister takes c out; it returns the connection that its key's packets go to from now on, or nil.
+func (s *Server) unregister(c *client) (next *client) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	set := c.set
@@ -390,7 +390,7 @@ func (s *Server) unregister(c *client) (last bool) {
 	if len(set.all) == 0 {
 		set.active.Store(nil)
 		delete(s.byKey, c.key)
-		return true
+		return nil
 	}
 	if set.active.Load() == c {
 		set.active.Store(set.all[len(set.all)-1])
@@ -403,7 +403,7 @@ func (s *Server) unregister(c *client) (last bool) {
 			d.control(derp.AppendFrame(nil, derp.Health, nil))
 		}
 	}
-	return false
+	return set.active.Load()
 }
 
 // Restart timing that Shutdown announces: clients spread their return over restartSpread,
