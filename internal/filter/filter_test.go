@@ -506,7 +506,7 @@ func manyRules(t testing.TB, n int) *Filter {
 		}
 		rules = append(rules, tailcfg.FilterRule{
 			SrcIPs:   []string{fmt.Sprintf("100.65.%d.%d", i>>8, i&0xff), "100.64.0.0/10"},
-			DstPorts: to(dst, ports(uint16(2*i), uint16(2*i))),
+			DstPorts: to(dst, portRange(uint16(2*i), uint16(2*i))),
 		})
 	}
 	f, err := Compile(rules, local, nil)
