@@ -1,0 +1,161 @@
+package datapath
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/tailnode/tailnode/internal/derp/client"
+	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/netmap"
+	"github.com/tailnode/tailnode/internal/path"
+	"github.com/tailnode/tailnode/internal/wg"
+)
+
+// transport is everything that is bound to one node key.
+type transport struct {
+	e      *Engine
+	dev    *wg.Device
+	paths  *path.Manager
+	relays *client.Regions
+
+	mu    sync.RWMutex
+	peers map[key.NodePublic]*peer // those that have sent or been sent to
+}
+
+// peer is a peer that has been heard of on the data path. Its node is looked up in the
+// netmap by key, never kept, so that a delta takes effect at once.
+type peer struct {
+	t  *transport
+	wg *wg.Peer
+}
+
+func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
+	t := &transport{e: e, peers: map[key.NodePublic]*peer{}}
+	var err error
+	t.dev, err = wg.NewDevice(wg.Config{
+		PrivateKey: k,
+		MTU:        MTU,
+		Unknown:    func(pub key.NodePublic) bool { return t.peer(pub) != nil },
+		Logger:     e.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("datapath: %w", err)
+	}
+	feed := &relayFeed{}
+	t.relays = client.NewRegions(client.RegionsConfig{
+		PrivateKey: k,
+		Dial:       e.cfg.Dial,
+		Roots:      e.cfg.RootCAs,
+		Handler:    feed,
+		Logger:     e.log,
+	})
+	t.paths, err = path.New(path.Config{
+		NodeKey:  k.Public(),
+		DiscoKey: e.cfg.DiscoKey,
+		Relay:    t.relays,
+		NewSink:  func() path.Sink { return t.newSink() },
+		Logger:   e.log,
+	})
+	if err != nil {
+		t.relays.Close()
+		t.dev.Close()
+		return nil, fmt.Errorf("datapath: %w", err)
+	}
+	feed.Manager = t.paths // no relay is connected before SetMap
+	return t, nil
+}
+
+func (t *transport) close() {
+	t.relays.Close()
+	t.paths.Close()
+	t.dev.Close()
+}
+
+// peer returns the peer with this key, making it if the netmap has it, or nil.
+func (t *transport) peer(pub key.NodePublic) *peer {
+	t.mu.RLock()
+	p := t.peers[pub]
+	t.mu.RUnlock()
+	if p != nil {
+		return p
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peers[pub]; p != nil {
+		return p
+	}
+	m := t.e.netmap.Load()
+	if m == nil {
+		return nil
+	}
+	n := m.PeerByKey(pub)
+	if n == nil || m.Expired(n, now()) {
+		return nil
+	}
+	conduit := t.paths.Peer(pub)
+	if conduit == nil {
+		return nil
+	}
+	p = &peer{t: t}
+	w, err := t.dev.AddPeer(pub, conduit, p)
+	if err != nil {
+		t.e.log.Warn("peer not usable", "peer", pub.ShortString(), "err", err)
+		return nil
+	}
+	p.wg = w
+	t.peers[pub] = p
+	return p
+}
+
+// setPeers brings paths and WireGuard in line with m.
+func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
+	if all {
+		for n := range m.All() {
+			t.paths.UpsertPeer(peerInfo(n))
+		}
+		return
+	}
+	for _, n := range ch.Removed {
+		t.remove(n.Key)
+	}
+	for _, n := range ch.Changed {
+		t.paths.UpsertPeer(peerInfo(n))
+	}
+	for _, n := range ch.Added {
+		t.paths.UpsertPeer(peerInfo(n))
+	}
+}
+
+func (t *transport) remove(pub key.NodePublic) {
+	t.mu.Lock()
+	p := t.peers[pub]
+	delete(t.peers, pub)
+	t.mu.Unlock()
+	if p != nil {
+		p.wg.Remove()
+	}
+	t.paths.RemovePeer(pub)
+}
+
+func peerInfo(n *netmap.Node) path.PeerInfo {
+	return path.PeerInfo{
+		Key:           n.Key,
+		Disco:         n.DiscoKey,
+		HomeRegion:    n.HomeDERP,
+		Endpoints:     n.Endpoints,
+		WireGuardOnly: n.IsWireGuardOnly,
+		Cap:           int(n.Cap),
+	}
+}
+
+// relayFeed hands what relays deliver to the path manager.
+type relayFeed struct{ *path.Manager }
+
+func (f *relayFeed) Packet(region int, src key.NodePublic, b []byte) { f.FromRelay(region, src, b) }
+func (f *relayFeed) Flush(region int)                                { f.FlushRelay(region) }
+func (f *relayFeed) PeerGone(region int, peer key.NodePublic, reason byte) {
+	f.Manager.PeerGone(region, peer, reason)
+}
+func (f *relayFeed) State(region int, connected bool, err error) {
+	f.RelayState(region, connected, err)
+}

@@ -1,0 +1,65 @@
+package node
+
+import (
+	"time"
+
+	"github.com/tailnode/tailnode/internal/netcheck"
+	"github.com/tailnode/tailnode/internal/tailcfg"
+)
+
+// homeInterval is how often the home relay is thought over when nothing happens.
+const homeInterval = 20 * time.Minute
+
+func (n *Node) kickHome() {
+	select {
+	case n.homeKick <- struct{}{}:
+	default:
+	}
+}
+
+// chooseHome picks the home relay whenever the relay map changes, and now and then, and
+// tells control of it.
+func (n *Node) chooseHome() {
+	var last *netcheck.Report
+	tick := time.NewTicker(homeInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-n.ctx.Done():
+			return
+		case <-tick.C:
+		case <-n.homeKick:
+		}
+		st, _ := n.Status()
+		if st.Netmap == nil || st.Netmap.DERPMap == nil {
+			continue
+		}
+		home := n.engine.Home()
+		rep, err := netcheck.Run(n.ctx, netcheck.Config{
+			Map:         st.Netmap.DERPMap,
+			Home:        home,
+			HomeAlive:   n.engine.RelayConnected(home),
+			Last:        last,
+			DialContext: n.cfg.Dial,
+			Logger:      n.log,
+		})
+		if err != nil {
+			if n.ctx.Err() == nil {
+				n.log.Warn("no home relay", "err", err)
+			}
+			continue
+		}
+		last = rep
+		n.engine.SetHome(rep.Home)
+		n.tellControl(rep.NetInfo())
+	}
+}
+
+// tellControl sends the host information with what is known of the network.
+func (n *Node) tellControl(ni *tailcfg.NetInfo) {
+	n.mu.Lock()
+	n.host.NetInfo = ni
+	host := n.host
+	n.mu.Unlock()
+	n.sess.SetHostinfo(&host)
+}
