@@ -77,7 +77,7 @@ func (m *Map) PeerByID(id tailcfg.NodeID) *Node {
 
 // PeerByKey returns the peer with the node key, or nil.
 func (m *Map) PeerByKey(k key.NodePublic) *Node {
-	if m == nil || k.IsZero() {
+	if m == nil || m.keys.root == nil || k.IsZero() {
 		return nil
 	}
 	return m.keys.find(hashKey(m.seed, k), func(n *Node) bool { return n.Key == k })
@@ -85,7 +85,7 @@ func (m *Map) PeerByKey(k key.NodePublic) *Node {
 
 // PeerByStableID returns the peer with the stable ID, or nil.
 func (m *Map) PeerByStableID(id tailcfg.StableNodeID) *Node {
-	if m == nil || id == "" {
+	if m == nil || m.stable.root == nil || id == "" {
 		return nil
 	}
 	return m.stable.find(maphash.String(m.seed, string(id)), func(n *Node) bool { return n.StableID == id })
@@ -93,7 +93,7 @@ func (m *Map) PeerByStableID(id tailcfg.StableNodeID) *Node {
 
 // PeerByAddr returns the peer that has a as one of its own addresses, or nil.
 func (m *Map) PeerByAddr(a netip.Addr) *Node {
-	if m == nil {
+	if m == nil || m.addrs.root == nil {
 		return nil
 	}
 	return m.addrs.find(hashAddr(m.seed, a), func(n *Node) bool { return n.HasAddr(a) })
@@ -139,6 +139,9 @@ func (m *Map) ByName(name string) *Node {
 	match := func(n *Node) bool { return equalFold(q, n.Name) }
 	if match(m.Self) {
 		return m.Self
+	}
+	if m.names.root == nil {
+		return nil
 	}
 	return m.names.find(maphash.Bytes(m.seed, q), match)
 }
