@@ -218,27 +218,9 @@ func (s *Stack) SetFallbackTCP(f func(src, dst netip.AddrPort) (handler func(net
 
 // forward runs on a goroutine of its own for each attempt.
 func (s *Stack) forward(r *tcp.ForwarderRequest) {
-	c, handler := s.intercept(r)
-	if c != nil {
-		handler(c)
-	}
-}
-
-func (s *Stack) intercept(r *tcp.ForwarderRequest) (*conn, func(net.Conn)) {
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		r.Complete(false)
-		return nil, nil
-	}
-	s.forwarding.Add(1)
-	s.mu.Unlock()
-	defer s.forwarding.Done()
-
 	id := r.ID()
-	f := s.fallback.Load()
 	var handler func(net.Conn)
-	if f != nil {
+	if f := s.fallback.Load(); f != nil {
 		h, ok := (*f)(
 			netip.AddrPortFrom(fromGV(id.RemoteAddress), id.RemotePort),
 			netip.AddrPortFrom(fromGV(id.LocalAddress), id.LocalPort))
@@ -246,15 +228,32 @@ func (s *Stack) intercept(r *tcp.ForwarderRequest) (*conn, func(net.Conn)) {
 			handler = h
 		}
 	}
-	if handler == nil || s.life.Err() != nil {
+	if c := s.complete(r, handler != nil); c != nil {
+		handler(c)
+	}
+}
+
+// complete refuses the attempt, or brings it through its handshake.
+func (s *Stack) complete(r *tcp.ForwarderRequest, accept bool) *conn {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		r.Complete(false)
+		return nil
+	}
+	s.forwarding.Add(1) // Close waits for it
+	s.mu.Unlock()
+	defer s.forwarding.Done()
+
+	if !accept {
 		r.Complete(true)
-		return nil, nil
+		return nil
 	}
 	wq := new(waiter.Queue)
 	ep, err := r.CreateEndpoint(wq)
 	r.Complete(err != nil)
 	if err != nil {
-		return nil, nil
+		return nil
 	}
-	return s.newConn(ep, wq), handler
+	return s.newConn(ep, wq)
 }

@@ -192,19 +192,19 @@ func FuzzInbox(f *testing.F) {
 	f.Add(append(ipHeader(b4, a4, 17, 8), 0, 53, 0, 53, 0, 99, 0, 0), uint16(28))
 	f.Add([]byte{0x4f, 0, 0, 20}, uint16(3))
 
-	s, err := New(Config{Output: discardOutput{}})
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Cleanup(s.Close)
-	s.SetAddresses([]netip.Addr{a4, a6})
-	s.SetFallbackTCP(nil)
-	l, err := s.ListenTCP(netip.MustParseAddrPort("[::]:80"))
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Cleanup(func() { l.Close() })
 	f.Fuzz(func(t *testing.T, data []byte, size uint16) {
+		s, err := New(Config{Output: discardOutput{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		s.SetAddresses([]netip.Addr{a4, a6})
+		if _, err := s.ListenTCP(netip.MustParseAddrPort("[::]:80")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.ListenUDP(netip.MustParseAddrPort("[::]:53")); err != nil {
+			t.Fatal(err)
+		}
 		in := s.NewInbox()
 		for i := 0; len(data) > 0; i++ {
 			n := min(len(data), max(1, int(size)))

@@ -255,11 +255,32 @@ func (s *Stack) Close() {
 	for k := range socks {
 		k.abort()
 	}
+	s.endForwarding()
 	s.gv.Close() // half-open connections and those that linger after their Close
-	s.forwarding.Wait()
 	s.gv.Wait()
 	s.link.closed.Store(true)
 	close(s.done)
+}
+
+// endForwarding waits for the handshakes that the fallback handler asked for. Each would go on until the peer answers
+// or a minute is over, and cannot be told to stop before it has registered its endpoint; so what is registered is
+// aborted until none is left.
+func (s *Stack) endForwarding() {
+	idle := make(chan struct{})
+	go func() {
+		s.forwarding.Wait()
+		close(idle)
+	}()
+	for {
+		for _, ep := range s.gv.RegisteredEndpoints() {
+			ep.Abort()
+		}
+		select {
+		case <-idle:
+			return
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // add registers k to be aborted by Close, or reports that it is too late.

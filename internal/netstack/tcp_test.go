@@ -3,6 +3,7 @@ package netstack
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -633,4 +634,40 @@ func TestConfig(t *testing.T) {
 			t.Errorf("%+v accepted", cfg)
 		}
 	}
+}
+
+// TestCloseDuringFallback: Close does not wait for handshakes whose peer has gone, nor for a fallback that is thinking.
+func TestCloseDuringFallback(t *testing.T) {
+	s, err := New(Config{Output: discardOutput{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.SetAddresses([]netip.Addr{a4})
+	asked, answer := make(chan struct{}, 100), make(chan struct{})
+	s.SetFallbackTCP(func(src, dst netip.AddrPort) (func(net.Conn), bool) {
+		asked <- struct{}{}
+		if src.Port()%2 == 0 {
+			<-answer
+		}
+		return func(c net.Conn) { c.Close() }, true
+	})
+	in := s.NewInbox()
+	for port := range uint16(100) {
+		b := segFrom(port+1, 0, tcpSYN, nil, nil)
+		copy(b[12:], b4.AsSlice())
+		copy(b[16:], a4.AsSlice())
+		b[10], b[11] = 0, 0
+		binary.BigEndian.PutUint16(b[10:], ^refSum(b[:20]))
+		in.Commit(b)
+	}
+	in.Flush()
+	for range 100 {
+		<-asked
+	}
+	start := time.Now()
+	s.Close()
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("Close took %v", took)
+	}
+	close(answer)
 }
