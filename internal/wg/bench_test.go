@@ -1,0 +1,152 @@
+package wg
+
+import (
+	"fmt"
+	"testing"
+)
+
+// nowhere is a Conduit that forgets.
+type nowhere struct{}
+
+func (nowhere) Send([]byte, int) error { return nil }
+
+// stream is a Source that yields the same packet n times without copying more than once per place.
+type stream struct {
+	pkt  []byte
+	left int
+}
+
+func (s *stream) Next(dst []byte) int {
+	if s.left == 0 {
+		return 0
+	}
+	s.left--
+	return copy(dst, s.pkt)
+}
+
+func benchPair(b testing.TB, mtu int) (x, y *end) {
+	x, y = newPair(b, func(c *Config) { c.MTU = mtu })
+	connect(b, x, y)
+	x.peer.conduit = nowhere{}
+	y.peer.conduit = nowhere{}
+	return x, y
+}
+
+func batchOf(d *Device) int { return d.pool.large / (d.mtu + sizeHeader + sizeTag) }
+
+// BenchmarkRaw is the cipher alone, the limit of what follows.
+func BenchmarkRaw(b *testing.B) {
+	for _, n := range []int{1280, 1420} {
+		a := newAEAD(&[32]byte{1})
+		buf := make([]byte, n, n+16)
+		b.Run(fmt.Sprint("Seal/", n), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				a.Seal(buf[:0], zeroNonce[:], buf, nil)
+			}
+		})
+		sealed := a.Seal(nil, zeroNonce[:], buf, nil)
+		out := make([]byte, n)
+		b.Run(fmt.Sprint("Open/", n), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				if _, err := a.Open(out[:0], zeroNonce[:], sealed, nil); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkSeal(b *testing.B) {
+	for _, n := range []int{1280, 1420} {
+		x, _ := benchPair(b, n)
+		for _, count := range []int{1, batchOf(x.dev)} {
+			b.Run(fmt.Sprintf("%d/batch%d", n, count), func(b *testing.B) {
+				b.SetBytes(int64(n * count))
+				b.ReportAllocs()
+				s := &stream{pkt: ip4(n, 1)}
+				for b.Loop() {
+					s.left = count
+					if err := x.peer.Send(s); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkOpen(b *testing.B) {
+	for _, n := range []int{1280, 1420} {
+		x, y := benchPair(b, n)
+		count := batchOf(x.dev)
+		w := new(wire)
+		x.peer.conduit = w
+		for _, per := range []int{1, count} {
+			b.Run(fmt.Sprintf("%d/batch%d", n, per), func(b *testing.B) {
+				b.SetBytes(int64(n * per))
+				b.ReportAllocs()
+				dst := make([]byte, n)
+				var msgs [][]byte
+				for b.Loop() {
+					for range per {
+						if len(msgs) == 0 {
+							b.StopTimer()
+							x.peer.Send(&stream{pkt: ip4(n, 1), left: 4096})
+							msgs = w.take()
+							b.StartTimer()
+						}
+						if _, _, err := y.dev.Receive(dst, msgs[0], nil); err != nil {
+							b.Fatal(err)
+						}
+						msgs = msgs[1:]
+					}
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkHandshake(b *testing.B) {
+	x, y := newPair(b, nil)
+	for b.Loop() {
+		y.peer.lastInitRx = 0
+		y.dev.gate.free = 0
+		x.peer.nextInit.Store(0)
+		connect(b, x, y)
+	}
+}
+
+func TestNoAllocationPerPacket(t *testing.T) {
+	x, y := benchPair(t, 1280)
+	s := &stream{pkt: ip4(1280, 1)}
+	if n := testing.AllocsPerRun(1000, func() {
+		s.left = 3
+		x.peer.Send(s)
+	}); n != 0 {
+		t.Errorf("Send: %v allocations", n)
+	}
+	w := new(wire)
+	x.peer.conduit = w
+	s.left = 4000
+	x.peer.Send(s)
+	msgs := w.take()
+	if n := testing.AllocsPerRun(1000, func() {
+		if _, _, err := y.dev.Receive(nil, msgs[0], nil); err != nil {
+			t.Fatal(err)
+		}
+		msgs = msgs[1:]
+	}); n != 0 {
+		t.Errorf("Receive in place: %v allocations", n)
+	}
+	dst := make([]byte, 1280)
+	if n := testing.AllocsPerRun(1000, func() {
+		if _, _, err := y.dev.Receive(dst, msgs[0], nil); err != nil {
+			t.Fatal(err)
+		}
+		msgs = msgs[1:]
+	}); n != 0 {
+		t.Errorf("Receive elsewhere: %v allocations", n)
+	}
+}
