@@ -16,7 +16,7 @@ const (
 	// a scalar multiplication to make again, and the peer's allowance of answers.
 	idleAfter = time.Minute
 	// maxSent bounds the pings in flight to one peer.
-	maxSent = 64
+	maxSent = 256
 	// A peer's pings are answered at pongRate a second, after a burst of pongBurst: an upstream
 	// node pings every endpoint that it knows of, at once, and again as it likes.
 	pongRate  = 20
@@ -36,6 +36,8 @@ const (
 	sendPing   actionKind = iota + 1 // to, tx, pad
 	sendPong                         // to, tx, src
 	pingAnswer                       // req, result
+	sendCall                         // a call-me-maybe with this node's endpoints, over the relay
+	setRoute                         // to, until: data goes straight to the address; invalid: by the relay
 )
 
 // action is what a machine wants done.
@@ -47,6 +49,7 @@ type action struct {
 	src    netip.AddrPort
 	req    *pingRequest
 	result PingResult
+	until  time.Time
 }
 
 // pingRequest is a ping that somebody waits for.
@@ -58,8 +61,9 @@ type pingRequest struct {
 
 type sentPing struct {
 	tx  disco.TxID
+	to  via
 	at  time.Time
-	req *pingRequest
+	req *pingRequest // who waits for it, if anybody
 }
 
 // machine is the path discovery of one peer: events and the time in, actions out, appended to
@@ -71,6 +75,7 @@ type machine struct {
 
 	sent []sentPing // oldest first
 	reqs []*pingRequest
+	d    direct
 
 	tokens   float64 // answers that the peer may still have
 	tokensAt time.Time
@@ -88,18 +93,33 @@ func (mc *machine) ping(now time.Time, req *pingRequest) {
 	mc.sendFor(now, req)
 }
 
+// sendFor pings by the relay and, if the direct path in use is not trusted, by all candidates.
 func (mc *machine) sendFor(now time.Time, req *pingRequest) {
+	req.next = now.Add(retryPing)
+	if mc.d.trusted(now) {
+		mc.pingTo(now, mc.d.find(mc.d.best), req)
+		return
+	}
+	mc.send(now, via{}, req)
+	mc.pingAll(now, req)
+}
+
+// send sends a ping and remembers it.
+func (mc *machine) send(now time.Time, to via, req *pingRequest) {
 	mc.forget(now)
 	if len(mc.sent) == maxSent {
 		mc.sent = append(mc.sent[:0], mc.sent[1:]...)
 	}
 	tx := mc.newTx()
-	mc.sent = append(mc.sent, sentPing{tx: tx, at: now, req: req})
-	mc.acts = append(mc.acts, action{kind: sendPing, tx: tx, pad: req.pad})
-	req.next = now.Add(retryPing)
+	mc.sent = append(mc.sent, sentPing{tx: tx, to: to, at: now, req: req})
+	a := action{kind: sendPing, to: to, tx: tx}
+	if req != nil {
+		a.pad = req.pad
+	}
+	mc.acts = append(mc.acts, a)
 }
 
-// cancel ends req without an answer.
+// cancel ends req. Its pings may still be answered, which says something of their paths.
 func (mc *machine) cancel(req *pingRequest) {
 	for i, r := range mc.reqs {
 		if r == req {
@@ -107,14 +127,11 @@ func (mc *machine) cancel(req *pingRequest) {
 			break
 		}
 	}
-	kept := mc.sent[:0]
-	for _, s := range mc.sent {
-		if s.req != req {
-			kept = append(kept, s)
+	for i := range mc.sent {
+		if mc.sent[i].req == req {
+			mc.sent[i].req = nil
 		}
 	}
-	clear(mc.sent[len(kept):])
-	mc.sent = kept
 }
 
 // gotPing answers a ping, the way it came. src is the address from which it came, as the
@@ -128,6 +145,9 @@ func (mc *machine) gotPing(now time.Time, from via, src netip.AddrPort, m *disco
 	}
 	mc.tokens--
 	mc.acts = append(mc.acts, action{kind: sendPong, to: from, tx: m.TxID, src: src})
+	if from.region == 0 {
+		mc.directPing(now, from.addr)
+	}
 }
 
 // gotPong takes a pong; one that answers no ping in flight is ignored. It returns the round trip, 0 for none.
@@ -140,6 +160,11 @@ func (mc *machine) gotPong(now time.Time, from via, m *disco.Pong) time.Duration
 		mc.lastUsed = now
 		mc.sent = append(mc.sent[:i], mc.sent[i+1:]...)
 		rtt := max(now.Sub(s.at), 1)
+		if s.to.addr.IsValid() && from.region == 0 {
+			// The ping arrived where it was sent, whatever the pong's source: a NAT may change that.
+			mc.directPong(now, s.to.addr, rtt)
+			from.addr = s.to.addr
+		}
 		if s.req != nil {
 			mc.acts = append(mc.acts, action{kind: pingAnswer, req: s.req,
 				result: PingResult{Latency: rtt, Addr: from.addr, Region: int(from.region)}})
@@ -158,6 +183,7 @@ func (mc *machine) tick(now time.Time) {
 			mc.sendFor(now, r)
 		}
 	}
+	mc.directTick(now)
 }
 
 // forget drops pings that nobody may answer any more.
@@ -175,17 +201,17 @@ func (mc *machine) forget(now time.Time) {
 
 // idle reports whether the machine may be thrown away.
 func (mc *machine) idle(now time.Time) bool {
-	return len(mc.reqs) == 0 && now.Sub(mc.lastUsed) >= idleAfter
+	return len(mc.reqs) == 0 && mc.d.directNext().IsZero() && now.Sub(mc.lastUsed) >= idleAfter
 }
 
 // next returns when tick or idle has something to say.
 func (mc *machine) next() time.Time {
-	if len(mc.reqs) == 0 {
+	t := mc.d.directNext()
+	if t.IsZero() && len(mc.reqs) == 0 {
 		return mc.lastUsed.Add(idleAfter)
 	}
-	t := mc.reqs[0].next
-	for _, r := range mc.reqs[1:] {
-		if r.next.Before(t) {
+	for _, r := range mc.reqs {
+		if t.IsZero() || r.next.Before(t) {
 			t = r.next
 		}
 	}

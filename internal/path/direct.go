@@ -1,0 +1,400 @@
+package path
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/disco"
+)
+
+// The direct side of a machine: candidate addresses, which of them works best, and for how long that may be
+// believed. See docs/protocol/paths.md §4. A machine that is never told of candidates does none of this.
+const (
+	// sessionFor is how long after the last packet to a peer its path is looked after.
+	sessionFor = 45 * time.Second
+	// heartbeat is how often the path in use is pinged during a session.
+	heartbeat = 3 * time.Second
+	// trustFor is how long a pong vouches for a path: two heartbeats and some.
+	trustFor = 6500 * time.Millisecond
+	// After suspectAfter of sending without hearing anything the path is pinged, and after
+	// suspectWait, or some round trips, without an answer it is given up. The two bound a stall.
+	suspectAfter = 1 * time.Second
+	suspectWait  = 300 * time.Millisecond
+	// upgradeEvery is how often other candidates are tried while a path works that is not
+	// goodEnough.
+	upgradeEvery = time.Minute
+	goodEnough   = 5 * time.Millisecond
+	// roundEvery is how often all candidates are tried while none works, after firstRounds.
+	roundEvery = 5 * time.Second
+	// pingBack is the least time between pings of a candidate that is pinged because it pinged us.
+	pingBack = time.Second
+	// callWindow is how long after a call-me-maybe a node without traffic of its own pings back.
+	callWindow = 5 * time.Second
+	// observedFor is how long an address is remembered that nothing but a ping made known.
+	observedFor = 5 * time.Minute
+	// callEvery is the least time between call-me-maybes of a peer that we act on.
+	callEvery = 250 * time.Millisecond
+
+	// maxListed bounds the candidates from each of control and call-me-maybe, maxObserved the others.
+	maxListed   = disco.MaxEndpoints
+	maxObserved = 16
+)
+
+// firstRounds are the distances of the first rounds of pings. NATs let the peer's pings in once
+// ours have gone out, so the first round may fail where the second does not.
+var firstRounds = [...]time.Duration{300 * time.Millisecond, 700 * time.Millisecond, 2 * time.Second}
+
+type origin uint8
+
+const (
+	fromControl origin = 1 << iota
+	fromCall           // a call-me-maybe
+	fromPing           // an authenticated ping came from there
+)
+
+// candidate is an address that may reach the peer.
+type candidate struct {
+	addr     netip.AddrPort
+	from     origin
+	lastPing time.Time // ours to it
+	lastSeen time.Time // a ping from it
+	rtt      time.Duration
+}
+
+// direct is the state of the direct side.
+type direct struct {
+	cands []candidate
+
+	best       netip.AddrPort // the path in use; invalid: the relay
+	trustUntil time.Time
+
+	traffic      time.Time // of the last packet to the peer
+	trafficSince time.Time // since when without a pause
+	heard        time.Time // last sign of life by the path in use
+	suspectUntil time.Time // zero: no suspicion
+
+	round     int       // rounds of the discovery in progress
+	roundAt   time.Time // zero: none in progress
+	beatAt    time.Time
+	upgradeAt time.Time
+
+	called time.Time // last call-me-maybe acted on
+}
+
+// usable reports whether an address that somebody names as an endpoint may be pinged.
+func usable(ap netip.AddrPort) bool {
+	a := ap.Addr()
+	return a.IsValid() && ap.Port() != 0 && !a.IsUnspecified() && !a.IsMulticast() && a != derpMagic &&
+		!a.Is4In6() && !tailnet6.Contains(a)
+}
+
+// tailnet6 holds the addresses inside tailnets. A path to a peer cannot go through the tunnel to it.
+var tailnet6 = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+
+func (d *direct) find(ap netip.AddrPort) *candidate {
+	for i := range d.cands {
+		if d.cands[i].addr == ap {
+			return &d.cands[i]
+		}
+	}
+	return nil
+}
+
+// list makes eps the candidates of origin o.
+func (d *direct) list(eps []netip.AddrPort, o origin) {
+	for i := range d.cands {
+		d.cands[i].from &^= o
+	}
+	n := 0
+	for _, ap := range eps {
+		if !usable(ap) {
+			continue
+		}
+		if n++; n > maxListed {
+			break
+		}
+		if c := d.find(ap); c != nil {
+			c.from |= o
+		} else {
+			d.cands = append(d.cands, candidate{addr: ap, from: o})
+		}
+	}
+	d.prune()
+}
+
+// prune drops candidates that nobody names any more, but for the path in use.
+func (d *direct) prune() {
+	kept := d.cands[:0]
+	for _, c := range d.cands {
+		if c.from != 0 || c.addr == d.best {
+			kept = append(kept, c)
+		}
+	}
+	clear(d.cands[len(kept):])
+	d.cands = kept
+}
+
+// observe notes that an authenticated ping came from ap.
+func (d *direct) observe(now time.Time, ap netip.AddrPort) *candidate {
+	if !usable(ap) {
+		return nil
+	}
+	c := d.find(ap)
+	if c == nil {
+		n, oldest := 0, -1
+		for i := range d.cands {
+			if x := &d.cands[i]; x.from == fromPing && x.addr != d.best {
+				n++
+				if oldest < 0 || x.lastSeen.Before(d.cands[oldest].lastSeen) {
+					oldest = i
+				}
+			}
+		}
+		if n >= maxObserved {
+			d.cands[oldest] = candidate{}
+			d.cands = append(d.cands[:oldest], d.cands[oldest+1:]...)
+		}
+		d.cands = append(d.cands, candidate{addr: ap})
+		c = &d.cands[len(d.cands)-1]
+	}
+	c.from |= fromPing
+	c.lastSeen = now
+	return c
+}
+
+// inSession reports whether there has been traffic lately.
+func (d *direct) inSession(now time.Time) bool {
+	return !d.traffic.IsZero() && now.Sub(d.traffic) < sessionFor
+}
+
+func (d *direct) trusted(now time.Time) bool { return d.best.IsValid() && now.Before(d.trustUntil) }
+
+// endpoints takes the peer's endpoints from control.
+func (mc *machine) endpoints(now time.Time, eps []netip.AddrPort) {
+	mc.d.list(eps, fromControl)
+	if mc.d.inSession(now) && !mc.d.trusted(now) {
+		mc.startRounds(now)
+	}
+}
+
+// callMeMaybe takes the endpoints that the peer itself names. It has just pinged us, or tried; our pings now
+// pass its NAT, and open ours for its next ones.
+func (mc *machine) callMeMaybe(now time.Time, eps []netip.AddrPort) {
+	d := &mc.d
+	if now.Sub(d.called) < callEvery {
+		return
+	}
+	d.called = now
+	mc.lastUsed = now
+	d.list(eps, fromCall)
+	if !d.trusted(now) {
+		mc.pingAll(now, nil)
+	}
+}
+
+// sending says that packets are being sent to the peer. heard is when an authenticated packet last came by
+// the direct path in use; zero for never. The driver need not call it for each packet: a few times a second do.
+func (mc *machine) sending(now, heard time.Time) {
+	d := &mc.d
+	mc.lastUsed = now
+	fresh := !d.inSession(now)
+	if now.Sub(d.traffic) > suspectAfter {
+		d.trafficSince = now
+	}
+	d.traffic = now
+	mc.alive(heard)
+	if fresh {
+		d.beatAt = now.Add(heartbeat)
+		d.upgradeAt = now.Add(upgradeEvery)
+	}
+	if !d.trusted(now) {
+		if d.roundAt.IsZero() {
+			mc.startRounds(now)
+		}
+		return
+	}
+	last := d.heard
+	if d.trafficSince.After(last) {
+		last = d.trafficSince
+	}
+	if d.suspectUntil.IsZero() && now.Sub(last) >= suspectAfter {
+		c := d.find(d.best)
+		mc.pingTo(now, c, nil)
+		d.suspectUntil = now.Add(max(suspectWait, 4*c.rtt))
+	}
+}
+
+// alive notes a sign of life by the path in use.
+func (mc *machine) alive(at time.Time) {
+	if d := &mc.d; at.After(d.heard) {
+		d.heard = at
+		d.suspectUntil = time.Time{}
+	}
+}
+
+// changed says that this node's own network has changed: nothing learned before counts.
+func (mc *machine) changed(now time.Time) {
+	for i := range mc.d.cands {
+		mc.d.cands[i].rtt = 0
+	}
+	mc.distrust(now)
+}
+
+// distrust gives up the path in use.
+func (mc *machine) distrust(now time.Time) {
+	d := &mc.d
+	if d.best.IsValid() {
+		mc.acts = append(mc.acts, action{kind: setRoute})
+	}
+	d.best, d.trustUntil, d.suspectUntil = netip.AddrPort{}, time.Time{}, time.Time{}
+	d.prune()
+	if d.inSession(now) {
+		mc.startRounds(now)
+	}
+}
+
+// startRounds begins a discovery with a round at once.
+func (mc *machine) startRounds(now time.Time) {
+	mc.d.round = 0
+	mc.nextRound(now)
+}
+
+// nextRound pings all candidates and has the peer do the same.
+func (mc *machine) nextRound(now time.Time) {
+	d := &mc.d
+	for i := range d.cands {
+		if c := &d.cands[i]; c.from&fromPing != 0 && now.Sub(c.lastSeen) > observedFor {
+			c.from &^= fromPing
+		}
+	}
+	d.prune()
+	mc.pingAll(now, nil)
+	mc.acts = append(mc.acts, action{kind: sendCall})
+	wait := roundEvery
+	if d.round < len(firstRounds) {
+		wait = firstRounds[d.round]
+	}
+	d.round++
+	d.roundAt = now.Add(wait)
+}
+
+func (mc *machine) pingAll(now time.Time, req *pingRequest) {
+	for i := range mc.d.cands {
+		mc.pingTo(now, &mc.d.cands[i], req)
+	}
+}
+
+func (mc *machine) pingTo(now time.Time, c *candidate, req *pingRequest) {
+	c.lastPing = now
+	mc.send(now, via{addr: c.addr}, req)
+}
+
+// directPing acts on an authenticated ping from ap beyond answering it.
+func (mc *machine) directPing(now time.Time, ap netip.AddrPort) {
+	d := &mc.d
+	c := d.observe(now, ap)
+	if c == nil || d.trusted(now) || now.Sub(c.lastPing) < pingBack {
+		return
+	}
+	if d.inSession(now) || now.Sub(d.called) < callWindow {
+		mc.pingTo(now, c, nil)
+	}
+}
+
+// directPong takes the round trip of a candidate.
+func (mc *machine) directPong(now time.Time, ap netip.AddrPort, rtt time.Duration) {
+	d := &mc.d
+	c := d.find(ap)
+	if c == nil {
+		return // no longer one
+	}
+	if c.rtt == 0 || ap != d.best {
+		c.rtt = rtt
+	} else {
+		c.rtt = (7*c.rtt + rtt) / 8 // one slow pong does not make a slow path
+	}
+	if ap == d.best {
+		mc.alive(now)
+	} else if b := d.find(d.best); d.trusted(now) && b != nil && !better(c, b) {
+		return
+	}
+	if d.best != ap {
+		d.best, d.heard, d.suspectUntil = ap, now, time.Time{}
+		if !d.inSession(now) {
+			d.beatAt = time.Time{}
+		} else if d.beatAt.IsZero() {
+			d.beatAt = now.Add(heartbeat)
+		}
+	}
+	d.trustUntil = now.Add(trustFor)
+	d.roundAt = time.Time{}
+	mc.acts = append(mc.acts, action{kind: setRoute, to: via{addr: ap}, until: d.trustUntil})
+}
+
+// cost is a round trip, shortened for what counts in an address's favour besides: a private network is spared
+// the router, and IPv6 the NAT with its time-outs.
+func cost(c *candidate) time.Duration {
+	t := c.rtt
+	switch a := c.addr.Addr(); {
+	case a.IsLoopback():
+		t = t * 6 / 10
+	case a.IsPrivate() || a.IsLinkLocalUnicast():
+		t = t * 7 / 10
+	case a.Is6():
+		t = t * 9 / 10
+	}
+	return t
+}
+
+// better reports whether a is enough better than b, the path in use, to change.
+func better(a, b *candidate) bool {
+	ca, cb := cost(a), cost(b)
+	return ca < cb*8/10 && cb-ca > 100*time.Microsecond
+}
+
+// directTick does what has become due.
+func (mc *machine) directTick(now time.Time) {
+	d := &mc.d
+	if d.best.IsValid() && (!now.Before(d.trustUntil) || !d.suspectUntil.IsZero() && !now.Before(d.suspectUntil)) {
+		mc.distrust(now)
+	}
+	if !d.inSession(now) {
+		d.roundAt, d.beatAt, d.upgradeAt = time.Time{}, time.Time{}, time.Time{}
+		return
+	}
+	if due(now, d.roundAt) {
+		mc.nextRound(now)
+	}
+	if due(now, d.upgradeAt) {
+		d.upgradeAt = now.Add(upgradeEvery)
+		if c := d.find(d.best); c != nil && c.rtt > goodEnough {
+			mc.pingAll(now, nil)
+			d.beatAt = now.Add(heartbeat)
+		}
+	}
+	if due(now, d.beatAt) {
+		d.beatAt = now.Add(heartbeat)
+		if c := d.find(d.best); c != nil {
+			mc.pingTo(now, c, nil)
+		}
+	}
+}
+
+func due(now, t time.Time) bool { return !t.IsZero() && !now.Before(t) }
+
+// directNext returns when directTick has something to do, zero for never.
+func (d *direct) directNext() (t time.Time) {
+	times := [...]time.Time{d.roundAt, d.beatAt, d.upgradeAt, d.suspectUntil, {}, {}}
+	if d.best.IsValid() {
+		times[4] = d.trustUntil
+	}
+	if !d.roundAt.IsZero() || !d.beatAt.IsZero() || !d.upgradeAt.IsZero() {
+		times[5] = d.traffic.Add(sessionFor)
+	}
+	for _, x := range times {
+		if !x.IsZero() && (t.IsZero() || x.Before(t)) {
+			t = x
+		}
+	}
+	return t
+}

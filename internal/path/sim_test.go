@@ -1,0 +1,634 @@
+package path
+
+import (
+	"container/heap"
+	"encoding/binary"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/disco"
+)
+
+// sim runs machines against each other over a network with NATs, in virtual time and on one goroutine.
+type sim struct {
+	t     *testing.T
+	now   time.Time
+	queue simQueue
+	seq   int
+	nodes []*simNode
+	tx    uint64
+	delay func(from, to netip.AddrPort) (time.Duration, bool) // of a UDP packet; false: lost
+	relay time.Duration
+}
+
+type simEvent struct {
+	at  time.Time
+	seq int
+	f   func()
+}
+
+type simQueue []simEvent
+
+func (q simQueue) Len() int { return len(q) }
+func (q simQueue) Less(i, j int) bool {
+	return q[i].at.Before(q[j].at) || q[i].at.Equal(q[j].at) && q[i].seq < q[j].seq
+}
+func (q simQueue) Swap(i, j int) { q[i], q[j] = q[j], q[i] }
+func (q *simQueue) Push(x any)   { *q = append(*q, x.(simEvent)) }
+func (q *simQueue) Pop() any {
+	x := (*q)[len(*q)-1]
+	*q = (*q)[:len(*q)-1]
+	return x
+}
+
+// behaviour is how a NAT maps or filters (RFC 4787 §4.1, §5).
+type behaviour int
+
+const (
+	endpointIndependent behaviour = iota
+	addressDependent
+	addressAndPortDependent
+)
+
+type nat struct {
+	pub             netip.Addr
+	mapping, filter behaviour
+	next            uint16
+	out             map[natKey]uint16         // to the external port
+	in              map[uint16]netip.AddrPort // external port to the inside
+	opened          map[natKey]bool           // what has been sent from an external port
+}
+
+type natKey struct {
+	inside netip.AddrPort
+	remote netip.AddrPort
+}
+
+func keyOf(b behaviour, inside, remote netip.AddrPort) natKey {
+	switch b {
+	case endpointIndependent:
+		remote = netip.AddrPort{}
+	case addressDependent:
+		remote = netip.AddrPortFrom(remote.Addr(), 0)
+	}
+	return natKey{inside, remote}
+}
+
+func newNAT(pub string, mapping, filter behaviour) *nat {
+	return &nat{pub: netip.MustParseAddr(pub), mapping: mapping, filter: filter, next: 40000,
+		out: map[natKey]uint16{}, in: map[uint16]netip.AddrPort{}, opened: map[natKey]bool{}}
+}
+
+// rebind forgets everything, as a restarted router does.
+func (n *nat) rebind() {
+	clear(n.out)
+	clear(n.in)
+	clear(n.opened)
+}
+
+func (n *nat) outgoing(inside, remote netip.AddrPort) netip.AddrPort {
+	k := keyOf(n.mapping, inside, remote)
+	port, ok := n.out[k]
+	if !ok {
+		n.next++
+		port = n.next
+		n.out[k], n.in[port] = port, inside
+	}
+	ext := netip.AddrPortFrom(n.pub, port)
+	n.opened[keyOf(n.filter, ext, remote)] = true
+	return ext
+}
+
+func (n *nat) incoming(remote, ext netip.AddrPort) (netip.AddrPort, bool) {
+	inside, ok := n.in[ext.Port()]
+	return inside, ok && n.opened[keyOf(n.filter, ext, remote)]
+}
+
+type simNode struct {
+	s     *sim
+	mc    *machine
+	peer  *simNode
+	addrs []netip.AddrPort // own sockets
+	nat   *nat
+	noUDP bool
+
+	route      via
+	until      time.Time
+	heard      time.Time
+	lastTold   time.Time
+	pings      int
+	calls      int
+	directPkts int
+	relayPkts  int
+	arrived    time.Time
+	maxGap     time.Duration
+	directAt   time.Time
+	ticks      int
+}
+
+func newSim(t *testing.T) *sim {
+	return &sim{t: t, now: time.Unix(1e9, 0), relay: 20 * time.Millisecond,
+		delay: func(_, _ netip.AddrPort) (time.Duration, bool) { return 5 * time.Millisecond, true }}
+}
+
+func (s *sim) node(n *nat, addrs ...string) *simNode {
+	x := &simNode{s: s, nat: n}
+	for _, a := range addrs {
+		x.addrs = append(x.addrs, netip.MustParseAddrPort(a))
+	}
+	x.mc = newMachine(s.now, func() (tx disco.TxID) {
+		s.tx++
+		binary.BigEndian.PutUint64(tx[:], s.tx)
+		return tx
+	})
+	s.nodes = append(s.nodes, x)
+	return x
+}
+
+func (s *sim) after(d time.Duration, f func()) {
+	s.seq++
+	heap.Push(&s.queue, simEvent{s.now.Add(d), s.seq, f})
+}
+
+// endpoints are what a node tells of itself: its own addresses, and the one that a STUN server sees.
+func (n *simNode) endpoints() []netip.AddrPort {
+	eps := append([]netip.AddrPort(nil), n.addrs...)
+	if n.nat != nil {
+		eps = append(eps, n.nat.outgoing(n.addrs[0], netip.MustParseAddrPort("9.9.9.9:3478")))
+	}
+	return eps
+}
+
+// udp carries a packet; f gets the receiver and the source as it sees it.
+func (n *simNode) udp(to netip.AddrPort, f func(src netip.AddrPort)) {
+	if n.noUDP {
+		return
+	}
+	var src netip.AddrPort
+	for _, a := range n.addrs {
+		if a.Addr().Is4() == to.Addr().Is4() {
+			src = a
+		}
+	}
+	if !src.IsValid() {
+		return
+	}
+	private := to.Addr().IsPrivate()
+	if n.nat != nil && !private && src.Addr().Is4() {
+		src = n.nat.outgoing(src, to)
+	}
+	d, ok := n.s.delay(src, to)
+	if !ok {
+		return
+	}
+	n.s.after(d, func() {
+		p := n.peer
+		if p.noUDP {
+			return
+		}
+		dst := to
+		switch {
+		case private && (p.nat != n.nat):
+			return // another's private network
+		case p.nat != nil && !private && to.Addr() == p.nat.pub:
+			if dst, ok = p.nat.incoming(src, to); !ok {
+				return
+			}
+		}
+		for _, a := range p.addrs {
+			if a == dst {
+				f(src)
+				return
+			}
+		}
+	})
+}
+
+// do carries out what the machine wants.
+func (n *simNode) do() {
+	acts := n.mc.acts
+	n.mc.acts = nil
+	for _, a := range acts {
+		switch a.kind {
+		case sendPing:
+			n.pings++
+			if a.to.addr.IsValid() {
+				n.udp(a.to.addr, func(src netip.AddrPort) {
+					n.peer.mc.gotPing(n.s.now, via{addr: src}, src, &disco.Ping{TxID: a.tx})
+					n.peer.do()
+				})
+			} else {
+				n.s.after(n.s.relay, func() {
+					n.peer.mc.gotPing(n.s.now, via{region: 1}, netip.AddrPortFrom(derpMagic, 1), &disco.Ping{TxID: a.tx})
+					n.peer.do()
+				})
+			}
+		case sendPong:
+			if a.to.addr.IsValid() {
+				n.udp(a.to.addr, func(src netip.AddrPort) {
+					n.peer.mc.gotPong(n.s.now, via{addr: src}, &disco.Pong{TxID: a.tx})
+					n.peer.do()
+				})
+			} else {
+				n.s.after(n.s.relay, func() {
+					n.peer.mc.gotPong(n.s.now, via{region: 1}, &disco.Pong{TxID: a.tx})
+					n.peer.do()
+				})
+			}
+		case sendCall:
+			n.calls++
+			eps := n.endpoints()
+			n.s.after(n.s.relay, func() {
+				n.peer.mc.callMeMaybe(n.s.now, eps)
+				n.peer.do()
+			})
+		case setRoute:
+			n.route, n.until = a.to, a.until
+			if a.to.addr.IsValid() && n.directAt.IsZero() {
+				n.directAt = n.s.now
+			}
+		case pingAnswer:
+			a.req.done <- a.result
+		}
+	}
+}
+
+// data sends one packet of the application's.
+func (n *simNode) data() {
+	s := n.s
+	if s.now.Sub(n.lastTold) >= 250*time.Millisecond {
+		n.lastTold = s.now
+		n.mc.sending(s.now, n.heard)
+		n.do()
+	}
+	arrive := func() {
+		if p := n.peer; !p.arrived.IsZero() {
+			p.maxGap = max(p.maxGap, s.now.Sub(p.arrived))
+		}
+		n.peer.arrived = s.now
+	}
+	if n.route.addr.IsValid() && s.now.Before(n.until) {
+		n.directPkts++
+		n.udp(n.route.addr, func(src netip.AddrPort) {
+			if src == n.peer.mc.d.best {
+				n.peer.heard = s.now
+			}
+			arrive()
+		})
+		return
+	}
+	n.relayPkts++
+	s.after(s.relay, arrive)
+}
+
+// run lets d pass; every talks each so often in both directions, 0 for silence.
+func (s *sim) run(d, every time.Duration) {
+	end := s.now.Add(d)
+	if every > 0 {
+		var talk func()
+		talk = func() {
+			for _, n := range s.nodes {
+				n.data()
+			}
+			if s.now.Add(every).Before(end) {
+				s.after(every, talk)
+			}
+		}
+		s.after(0, talk)
+	}
+	for {
+		next, who := end, (*simNode)(nil)
+		if len(s.queue) > 0 && s.queue[0].at.Before(next) {
+			next = s.queue[0].at
+		}
+		for _, n := range s.nodes {
+			if t := n.mc.d.directNext(); !t.IsZero() && t.Before(next) {
+				next, who = t, n
+			}
+		}
+		if next.Before(s.now) {
+			next = s.now
+		}
+		s.now = next
+		switch {
+		case who != nil:
+			who.ticks++
+			if who.ticks > 1_000_000 {
+				s.t.Fatal("a machine asks for ticks without end")
+			}
+			who.mc.alive(who.heard)
+			who.mc.tick(s.now)
+			who.do()
+		case len(s.queue) > 0 && s.queue[0].at.Before(end):
+			heap.Pop(&s.queue).(simEvent).f()
+		default:
+			return
+		}
+	}
+}
+
+// pair joins two nodes that know each other's endpoints from control.
+func (s *sim) pair(a, b *simNode) {
+	a.peer, b.peer = b, a
+	a.mc.endpoints(s.now, b.endpoints())
+	b.mc.endpoints(s.now, a.endpoints())
+}
+
+func (n *simNode) direct() bool { return n.route.addr.IsValid() && n.s.now.Before(n.until) }
+
+func TestNATPairs(t *testing.T) {
+	const ei, ad, apd = endpointIndependent, addressDependent, addressAndPortDependent
+	type box struct {
+		name            string
+		nat             bool
+		mapping, filter behaviour
+	}
+	open := box{name: "open"}
+	fullCone := box{"full cone", true, ei, ei}
+	restricted := box{"address-restricted", true, ei, ad}
+	portRestricted := box{"port-restricted", true, ei, apd}
+	symmetric := box{"symmetric", true, apd, apd}
+	symmetricOpen := box{"symmetric mapping, address filter", true, apd, ad}
+	for _, tt := range []struct {
+		a, b   box
+		direct bool
+	}{
+		{open, open, true},
+		{open, fullCone, true},
+		{open, portRestricted, true},
+		{open, symmetric, true},
+		{fullCone, fullCone, true},
+		{fullCone, symmetric, true},
+		{restricted, restricted, true},
+		{restricted, portRestricted, true},
+		{restricted, symmetric, true},
+		{portRestricted, portRestricted, true},
+		{restricted, symmetricOpen, true},
+		{portRestricted, symmetricOpen, false},
+		{portRestricted, symmetric, false},
+		{symmetric, symmetric, false},
+	} {
+		for _, swap := range []bool{false, true} {
+			a, b := tt.a, tt.b
+			if swap {
+				a, b = b, a
+			}
+			t.Run(a.name+" and "+b.name, func(t *testing.T) {
+				s := newSim(t)
+				mk := func(x box, pub, priv string) *simNode {
+					if !x.nat {
+						return s.node(nil, pub+":41641")
+					}
+					return s.node(newNAT(pub, x.mapping, x.filter), priv+":41641")
+				}
+				x, y := mk(a, "1.1.1.1", "10.0.0.2"), mk(b, "2.2.2.2", "192.168.0.2")
+				s.pair(x, y)
+				s.run(20*time.Second, 50*time.Millisecond)
+				if x.direct() != tt.direct || y.direct() != tt.direct {
+					t.Fatalf("direct: %v and %v, want %v", x.direct(), y.direct(), tt.direct)
+				}
+				if tt.direct {
+					for _, n := range s.nodes {
+						if d := n.directAt.Sub(time.Unix(1e9, 0)); d > 500*time.Millisecond {
+							t.Errorf("direct after %v", d)
+						}
+					}
+				}
+				if x.maxGap > 100*time.Millisecond || y.maxGap > 100*time.Millisecond {
+					t.Errorf("stalled for %v and %v", x.maxGap, y.maxGap)
+				}
+				// Probes are bounded, whatever the outcome.
+				for _, n := range s.nodes {
+					if n.pings > 40 || n.calls > 10 {
+						t.Errorf("%d pings and %d calls in 20 s", n.pings, n.calls)
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestPathLossAndReturn(t *testing.T) {
+	s := newSim(t)
+	cut := false
+	s.delay = func(_, _ netip.AddrPort) (time.Duration, bool) { return 5 * time.Millisecond, !cut }
+	x, y := s.node(nil, "1.1.1.1:1"), s.node(newNAT("2.2.2.2", endpointIndependent, addressAndPortDependent), "10.0.0.2:2")
+	s.pair(x, y)
+	s.run(5*time.Second, 20*time.Millisecond)
+	if !x.direct() || !y.direct() {
+		t.Fatal("not direct")
+	}
+	var worst time.Duration
+	for i := range 20 {
+		x.maxGap, y.maxGap = 0, 0
+		switch i % 2 {
+		case 0:
+			cut = true
+		case 1:
+			y.nat.rebind()
+		}
+		s.run(10*time.Second, 20*time.Millisecond)
+		if cut && (x.direct() || y.direct()) {
+			t.Fatalf("%d: still direct over a dead path", i)
+		}
+		cut = false
+		s.run(10*time.Second, 20*time.Millisecond)
+		if !x.direct() || !y.direct() {
+			t.Fatalf("%d: not direct again", i)
+		}
+		worst = max(worst, x.maxGap, y.maxGap)
+	}
+	t.Logf("longest stall %v", worst)
+	if worst > 2*time.Second {
+		t.Errorf("stalled for %v", worst)
+	}
+}
+
+// TestIdleIsSilent: after traffic ends, nothing is sent and nothing wants to be woken.
+func TestIdleIsSilent(t *testing.T) {
+	s := newSim(t)
+	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	s.pair(x, y)
+	s.run(10*time.Second, 50*time.Millisecond)
+	s.run(time.Minute, 0)
+	pings, ticks := x.pings+y.pings, x.ticks+y.ticks
+	s.run(24*time.Hour, 0)
+	if x.pings+y.pings != pings || x.ticks+y.ticks != ticks {
+		t.Errorf("%d pings and %d ticks while idle", x.pings+y.pings-pings, x.ticks+y.ticks-ticks)
+	}
+	if x.direct() {
+		t.Error("a path is believed in after a day")
+	}
+	for _, n := range s.nodes {
+		if !n.mc.idle(s.now) {
+			t.Error("machine is not idle")
+		}
+	}
+	x.directAt = time.Time{}
+	start := s.now
+	s.run(time.Second, 50*time.Millisecond)
+	if d := x.directAt.Sub(start); x.directAt.IsZero() || d > 50*time.Millisecond {
+		t.Errorf("direct again after %v", d)
+	}
+}
+
+func TestOneWayTraffic(t *testing.T) {
+	s := newSim(t)
+	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	s.pair(x, y)
+	for range 600 {
+		x.data()
+		s.run(50*time.Millisecond, 0)
+	}
+	if !x.direct() {
+		t.Fatal("not direct")
+	}
+	if x.relayPkts > 2 {
+		t.Errorf("%d packets by the relay", x.relayPkts)
+	}
+	if y.directAt.IsZero() && y.pings > 5 {
+		t.Errorf("%d pings by the silent side", y.pings)
+	}
+	if x.pings > 45 { // one a second to see that the path lives, besides heartbeats
+		t.Errorf("%d pings in 30 s", x.pings)
+	}
+}
+
+func TestPrefersTheBetterPath(t *testing.T) {
+	for _, tt := range []struct {
+		name         string
+		addrsA       []string
+		addrsB       []string
+		rtt          map[string]time.Duration // by destination
+		wantA, wantB string
+	}{
+		{"faster", []string{"1.1.1.1:1"}, []string{"2.2.2.2:2", "2.2.2.3:2"},
+			map[string]time.Duration{"2.2.2.2:2": 30 * time.Millisecond, "2.2.2.3:2": 10 * time.Millisecond}, "2.2.2.3:2", "1.1.1.1:1"},
+		{"LAN before public at like speed", []string{"10.0.0.1:1"}, []string{"10.0.0.2:2", "2.2.2.2:2"},
+			map[string]time.Duration{}, "10.0.0.2:2", "10.0.0.1:1"},
+		{"IPv6 at like speed is not worth a change", []string{"1.1.1.1:1", "[2001:db8::1]:1"}, []string{"2.2.2.2:2", "[2001:db8::2]:2"},
+			map[string]time.Duration{}, "2.2.2.2:2", "1.1.1.1:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSim(t)
+			s.delay = func(_, to netip.AddrPort) (time.Duration, bool) {
+				if d, ok := tt.rtt[to.String()]; ok {
+					return d, true
+				}
+				return 5 * time.Millisecond, true
+			}
+			x, y := s.node(nil, tt.addrsA...), s.node(nil, tt.addrsB...)
+			s.pair(x, y)
+			s.run(10*time.Second, 50*time.Millisecond)
+			if x.route.addr.String() != tt.wantA || y.route.addr.String() != tt.wantB {
+				t.Errorf("%v and %v, want %s and %s", x.route.addr, y.route.addr, tt.wantA, tt.wantB)
+			}
+		})
+	}
+}
+
+func TestUpgradesWhenABetterPathAppears(t *testing.T) {
+	s := newSim(t)
+	fast := false
+	s.delay = func(_, to netip.AddrPort) (time.Duration, bool) {
+		if to.Port() == 3 {
+			return time.Millisecond, fast
+		}
+		return 20 * time.Millisecond, true
+	}
+	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2", "2.2.2.2:3")
+	s.pair(x, y)
+	s.run(10*time.Second, 50*time.Millisecond)
+	if x.route.addr.Port() != 2 {
+		t.Fatalf("by %v", x.route.addr)
+	}
+	fast = true
+	s.run(2*upgradeEvery, 50*time.Millisecond)
+	if x.route.addr.Port() != 3 || x.relayPkts > 2 {
+		t.Errorf("by %v, %d packets by the relay", x.route.addr, x.relayPkts)
+	}
+}
+
+func TestUserPingShowsTheDirectPath(t *testing.T) {
+	s := newSim(t)
+	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	s.pair(x, y)
+	req := &pingRequest{done: make(chan PingResult, 1)}
+	x.mc.ping(s.now, req)
+	x.do()
+	s.run(time.Second, 0)
+	if r := <-req.done; r.Addr.String() != "2.2.2.2:2" || r.Latency != 10*time.Millisecond || r.Region != 0 {
+		t.Errorf("%+v", r)
+	}
+	y.noUDP = true
+	s.run(time.Minute, 0)
+	req = &pingRequest{done: make(chan PingResult, 1)}
+	x.mc.ping(s.now, req)
+	x.do()
+	s.run(time.Second, 0)
+	if r := <-req.done; r.Region != 1 || r.Latency != 40*time.Millisecond || r.Addr.IsValid() {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestNetworkChange(t *testing.T) {
+	s := newSim(t)
+	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	s.pair(x, y)
+	s.run(5*time.Second, 50*time.Millisecond)
+	x.addrs = []netip.AddrPort{netip.MustParseAddrPort("3.3.3.3:3")}
+	x.mc.changed(s.now)
+	x.do()
+	if x.direct() {
+		t.Error("the old path is still believed in")
+	}
+	s.run(2*time.Second, 50*time.Millisecond)
+	if !x.direct() || y.route.addr.String() != "3.3.3.3:3" || !y.direct() {
+		t.Errorf("direct %v, and %v by %v", x.direct(), y.direct(), y.route.addr)
+	}
+}
+
+func TestCandidateBounds(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	mc := newMachine(now, func() disco.TxID { return disco.TxID{} })
+	var many []netip.AddrPort
+	for i := range 1000 {
+		many = append(many, netip.AddrPortFrom(netip.AddrFrom4([4]byte{1, 1, byte(i >> 8), byte(i)}), 1))
+	}
+	mc.endpoints(now, many)
+	mc.callMeMaybe(now.Add(time.Second), many[500:])
+	for i, ap := range many {
+		ap = netip.AddrPortFrom(netip.AddrFrom4([4]byte{2, 2, byte(i >> 8), byte(i)}), 2)
+		mc.gotPing(now.Add(time.Duration(i)*time.Second), via{addr: ap}, ap, &disco.Ping{})
+	}
+	if n := len(mc.d.cands); n > 2*maxListed+maxObserved {
+		t.Errorf("%d candidates", n)
+	}
+	if len(mc.sent) > maxSent {
+		t.Errorf("%d pings remembered", len(mc.sent))
+	}
+	mc.endpoints(now, nil)
+	mc.callMeMaybe(now.Add(time.Hour), nil)
+	if n := len(mc.d.cands); n > maxObserved {
+		t.Errorf("%d candidates after both lists are empty", n)
+	}
+	for _, bad := range []string{"0.0.0.0:1", "1.2.3.4:0", "224.0.0.1:5", "127.3.3.40:1", "[::]:1", "[ff02::1]:1",
+		"[fd7a:115c:a1e0::5]:41641", "[::ffff:1.2.3.4]:5"} {
+		if usable(netip.MustParseAddrPort(bad)) {
+			t.Errorf("%s is taken for an endpoint", bad)
+		}
+	}
+}
+
+func TestCallsAreRateLimited(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	mc := newMachine(now, func() disco.TxID { return disco.TxID{} })
+	eps := []netip.AddrPort{netip.MustParseAddrPort("1.1.1.1:1")}
+	for i := range 1000 {
+		mc.callMeMaybe(now.Add(time.Duration(i)*time.Millisecond), eps)
+	}
+	if n := len(mc.acts); n > 4 {
+		t.Errorf("%d pings for 1000 calls in a second", n)
+	}
+}
