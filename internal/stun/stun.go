@@ -32,8 +32,8 @@ const (
 	// is also this project's name is a coincidence of the public protocol.
 	software = "tailnode"
 
-	// RequestLen is the length of every request that [AppendRequest] makes. No response is
-	// longer, so that a server cannot be used to amplify traffic.
+	// RequestLen is the length of every request that [AppendRequest] makes. A response is at
+	// most four bytes longer, so that a server is of no use to amplify traffic.
 	RequestLen = headerLen + 4 + len(software) + fingerprintLen
 )
 
@@ -111,8 +111,8 @@ func ParseRequest(b []byte) (tx TxID, err error) {
 }
 
 // AppendResponse appends a Binding success response that tells addr to its owner, in an
-// XOR-MAPPED-ADDRESS attribute and no other (clients of a tailnet ask for no FINGERPRINT,
-// and with one an IPv6 response would be longer than the request). An IPv4 address mapped
+// XOR-MAPPED-ADDRESS attribute and no other: clients of a tailnet ask for no FINGERPRINT,
+// and an answer should not be longer than its request. An IPv4 address mapped
 // into IPv6 is told as IPv4. An invalid addr appends nothing.
 func AppendResponse(b []byte, tx TxID, addr netip.AddrPort) []byte {
 	a := addr.Addr().Unmap()
