@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"iter"
 	"maps"
 	"net/netip"
 	"reflect"
@@ -60,7 +61,7 @@ type Builder struct {
 	cur     *Map
 	filters map[string][]tailcfg.FilterRule
 	intern  interner
-	// contested holds the prefixes that several peers claim, with the
+	// contested holds the prefixes in the routing table that several peers claim, with the
 	// claimants by ascending ID. The first one has it.
 	contested map[netip.Prefix][]tailcfg.NodeID
 	fresh     bool
@@ -479,9 +480,14 @@ func (a *apply) commit(changed map[tailcfg.NodeID]*Node) error {
 	}
 	for _, n := range a.c.Changed {
 		was := old.peers.get(n.ID)
-		m.unindex(e, was)
-		m.index(e, n)
-		if slices.Equal(was.AllowedIPs, n.AllowedIPs) {
+		routes := slices.Equal(was.AllowedIPs, n.AllowedIPs)
+		if routes && was.Key == n.Key && was.StableID == n.StableID && was.Name == n.Name && slices.Equal(was.Addresses, n.Addresses) {
+			m.eachIndex(n, func(x *index, h uint64) { x.replace(e, h, was, n) })
+		} else {
+			m.unindex(e, was)
+			m.index(e, n)
+		}
+		if routes {
 			a.reroute(n)
 		} else {
 			a.unroute(was)
@@ -530,10 +536,7 @@ func (a *apply) rebuildAll(e *edit) {
 	a.b.contested = nil
 	for _, n := range nodes {
 		m.index(e, n)
-		for _, p := range n.AllowedIPs {
-			if !a.routable(p) {
-				continue
-			}
+		for _, p := range tableRoutes(n) {
 			if has, ok := m.routes.Get(p); ok {
 				a.contest(p, has.ID)
 				a.contest(p, n.ID)
@@ -560,15 +563,36 @@ func (m *Map) eachIndex(n *Node, do func(*index, uint64)) {
 	if h, ok := hashName(m.seed, n.Name); ok {
 		do(&m.names, h)
 	}
-	for i, p := range n.Addresses {
-		if p.IsSingleIP() && !slices.Contains(n.Addresses[:i], p) {
-			do(&m.addrs, hashAddr(m.seed, p.Addr()))
+	var buf [2 * maxIndexed]netip.Prefix
+	done := buf[:0]
+	for _, ps := range [][]netip.Prefix{n.indexed(n.Addresses), n.indexed(n.AllowedIPs)} {
+		for _, p := range ps {
+			if p.IsSingleIP() && !slices.Contains(done, p) {
+				done = append(done, p)
+				do(&m.addrs, hashAddr(m.seed, p.Addr()))
+			}
 		}
 	}
 }
 
-// routable leaves out default routes; see Map.Route.
-func (a *apply) routable(p netip.Prefix) bool { return p.Bits() > 0 }
+// maxIndexed is how many of a node's prefixes are looked at for single
+// addresses, which the index of addresses finds. All else, such as the routes
+// of an app connector by the thousand, is in the routing table.
+const maxIndexed = 8
+
+func (n *Node) indexed(ps []netip.Prefix) []netip.Prefix { return ps[:min(len(ps), maxIndexed)] }
+
+// tableRoutes yields n's prefixes that belong into the routing table. Default
+// routes do not; see Map.Route.
+func tableRoutes(n *Node) iter.Seq2[int, netip.Prefix] {
+	return func(yield func(int, netip.Prefix) bool) {
+		for i, p := range n.AllowedIPs {
+			if p.Bits() > 0 && (i >= maxIndexed || !p.IsSingleIP()) && !yield(i, p) {
+				return
+			}
+		}
+	}
+}
 
 func (a *apply) contest(p netip.Prefix, id tailcfg.NodeID) {
 	if a.b.contested == nil {
@@ -582,10 +606,7 @@ func (a *apply) contest(p netip.Prefix, id tailcfg.NodeID) {
 
 // route gives n its prefixes, but for those that a peer with a lower ID has.
 func (a *apply) route(n *Node) {
-	for _, p := range n.AllowedIPs {
-		if !a.routable(p) {
-			continue
-		}
+	for _, p := range tableRoutes(n) {
 		if has, ok := a.m.routes.Get(p); ok && has.ID != n.ID {
 			a.contest(p, has.ID)
 			a.contest(p, n.ID)
@@ -599,7 +620,7 @@ func (a *apply) route(n *Node) {
 
 // reroute puts n in the place of its former self.
 func (a *apply) reroute(n *Node) {
-	for _, p := range n.AllowedIPs {
+	for _, p := range tableRoutes(n) {
 		if has, ok := a.m.routes.Get(p); ok && has.ID == n.ID {
 			a.m.routes = a.m.routes.InsertPersist(p, n)
 		}
@@ -608,10 +629,7 @@ func (a *apply) reroute(n *Node) {
 
 // unroute takes n's prefixes from it and gives contested ones to the next.
 func (a *apply) unroute(n *Node) {
-	for _, p := range n.AllowedIPs {
-		if !a.routable(p) {
-			continue
-		}
+	for _, p := range tableRoutes(n) {
 		var next *Node
 		if ids, ok := a.b.contested[p]; ok {
 			ids = slices.DeleteFunc(slices.Clone(ids), func(id tailcfg.NodeID) bool { return id == n.ID })

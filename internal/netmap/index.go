@@ -36,6 +36,9 @@ const levelBits = 5
 func (x *index) insert(e *edit, h uint64, n *Node) { x.root = x.root.insert(e, h, n, 0) }
 func (x *index) remove(e *edit, h uint64, n *Node) { x.root = x.root.remove(e, h, n, 0) }
 
+// replace puts n in the place of old under h.
+func (x *index) replace(e *edit, h uint64, old, n *Node) { x.root = x.root.replace(e, h, old, n, 0) }
+
 // find returns the node of the lowest ID for which match is true among those
 // under h. A key that two nodes claim so belongs to the one that control allocated first.
 func (x index) find(h uint64, match func(*Node) bool) (best *Node) {
@@ -96,6 +99,27 @@ func (t *trie) insert(e *edit, h uint64, n *Node, shift int) *trie {
 		sub = sub.insert(e, k.hash, k.node, shift+levelBits)
 	}
 	*k = kid{sub: sub.insert(e, h, n, shift+levelBits)}
+	return t
+}
+
+func (t *trie) replace(e *edit, h uint64, old, n *Node, shift int) *trie {
+	t = t.own(e)
+	if shift >= 64 {
+		if i := slices.IndexFunc(t.kids, func(k kid) bool { return k.node == old }); i >= 0 {
+			t.kids[i].node = n
+		}
+		return t
+	}
+	bit := uint32(1) << (h >> shift & 31)
+	if t.bitmap&bit == 0 {
+		return t
+	}
+	k := &t.kids[bits.OnesCount32(t.bitmap&(bit-1))]
+	if k.sub != nil {
+		k.sub = k.sub.replace(e, h, old, n, shift+levelBits)
+	} else if k.node == old {
+		k.node = n
+	}
 	return t
 }
 

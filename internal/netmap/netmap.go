@@ -38,8 +38,8 @@ type Map struct {
 	keys   index
 	stable index
 	names  index
-	addrs  index
-	routes *bart.Table[*Node]
+	addrs  index              // single addresses in Addresses and AllowedIPs
+	routes *bart.Table[*Node] // all other routes
 	seed   maphash.Seed
 }
 
@@ -96,19 +96,35 @@ func (m *Map) PeerByAddr(a netip.Addr) *Node {
 	if m == nil || m.addrs.root == nil {
 		return nil
 	}
-	return m.addrs.find(hashAddr(m.seed, a), func(n *Node) bool { return n.HasAddr(a) })
+	return m.addrs.find(hashAddr(m.seed, a), func(n *Node) bool { return containsAddr(n.indexed(n.Addresses), a) })
 }
 
 // Route returns the peer that packets to a belong to, and from which alone
 // packets with the source a may come: the one with the longest prefix in AllowedIPs
-// that covers a. It returns nil for this node's own addresses. Default
+// that covers a; of several with the same prefix the one with the lowest ID. It
+// returns nil for this node's own addresses. Default
 // routes (0.0.0.0/0, ::/0) do not count: an exit node is used by choice only.
 func (m *Map) Route(a netip.Addr) *Node {
 	if m == nil || m.routes == nil || m.Self != nil && m.Self.HasAddr(a) {
 		return nil
 	}
+	if m.addrs.root != nil {
+		// No prefix is longer.
+		if n := m.addrs.find(hashAddr(m.seed, a), func(n *Node) bool { return containsAddr(n.indexed(n.AllowedIPs), a) }); n != nil {
+			return n
+		}
+	}
 	n, _ := m.routes.Lookup(a)
 	return n
+}
+
+func containsAddr(ps []netip.Prefix, a netip.Addr) bool {
+	for _, p := range ps {
+		if p.IsSingleIP() && p.Addr() == a {
+			return true
+		}
+	}
+	return false
 }
 
 // ByName returns the node, this one included, with the MagicDNS name: fully

@@ -481,7 +481,7 @@ func TestNewSelf(t *testing.T) {
 // check compares every index with the list of peers.
 func check(t testing.TB, m *Map) {
 	t.Helper()
-	keys, stable, names, addrs, routes := map[key.NodePublic]*Node{}, map[tailcfg.StableNodeID]*Node{}, map[string]*Node{}, map[netip.Addr]*Node{}, map[netip.Prefix]*Node{}
+	keys, stable, names, addrs, hosts, routes := map[key.NodePublic]*Node{}, map[tailcfg.StableNodeID]*Node{}, map[string]*Node{}, map[netip.Addr]*Node{}, map[netip.Addr]*Node{}, map[netip.Prefix]*Node{}
 	n := 0
 	last := tailcfg.NodeID(0)
 	for p := range m.All() {
@@ -500,9 +500,12 @@ func check(t testing.TB, m *Map) {
 			first(addrs, a.Addr(), p)
 		}
 		for _, r := range p.AllowedIPs {
-			if r.Bits() > 0 {
-				first(routes, r, p)
+			if r.Bits() > 0 && r.IsSingleIP() {
+				first(hosts, r.Addr(), p)
 			}
+		}
+		for _, r := range tableRoutes(p) {
+			first(routes, r, p)
 		}
 	}
 	if n != m.Len() {
@@ -526,6 +529,11 @@ func check(t testing.TB, m *Map) {
 	for a, p := range addrs {
 		if m.PeerByAddr(a) != p {
 			t.Fatalf("address of %d", p.ID)
+		}
+	}
+	for a, p := range hosts {
+		if got := m.Route(a); got != p && !m.Self.HasAddr(a) {
+			t.Fatalf("host route %v is of %v, want %d", a, got, p.ID)
 		}
 	}
 	if m.routes != nil && m.routes.Size() != len(routes) {

@@ -83,14 +83,7 @@ func (n *Node) first(is func(netip.Addr) bool) netip.Addr {
 }
 
 // HasAddr reports whether a is one of the node's own addresses.
-func (n *Node) HasAddr(a netip.Addr) bool {
-	for _, p := range n.Addresses {
-		if p.IsSingleIP() && p.Addr() == a {
-			return true
-		}
-	}
-	return false
-}
+func (n *Node) HasAddr(a netip.Addr) bool { return containsAddr(n.Addresses, a) }
 
 // Bounds on what is kept of one node, far beyond what a control server sends.
 const (
