@@ -3,6 +3,7 @@ package path
 import (
 	"container/heap"
 	"encoding/binary"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
@@ -630,5 +631,58 @@ func TestCallsAreRateLimited(t *testing.T) {
 	}
 	if n := len(mc.acts); n > 4 {
 		t.Errorf("%d pings for 1000 calls in a second", n)
+	}
+}
+
+// TestRandomTopologies holds what must be true whatever the network is like: data never stalls, probes are bounded, a
+// path that hole punching must find is found, and silence follows.
+func TestRandomTopologies(t *testing.T) {
+	count := 1000
+	if testing.Short() {
+		count = 100
+	}
+	for seed := range count {
+		rnd := rand.New(rand.NewPCG(uint64(seed), 7))
+		s := newSim(t)
+		s.relay = time.Duration(5+rnd.IntN(150)) * time.Millisecond
+		loss := rnd.Float64() * 0.2
+		lat := time.Duration(1+rnd.IntN(100)) * time.Millisecond
+		s.delay = func(_, _ netip.AddrPort) (time.Duration, bool) {
+			return lat + time.Duration(rnd.IntN(5))*time.Millisecond, rnd.Float64() >= loss
+		}
+		mk := func(pub, priv string) (*simNode, bool) {
+			if rnd.IntN(3) == 0 {
+				return s.node(nil, pub+":41641"), true
+			}
+			m := behaviour(rnd.IntN(3))
+			return s.node(newNAT(pub, m, behaviour(rnd.IntN(3))), priv+":41641"), m == endpointIndependent
+		}
+		x, punchX := mk("1.1.1.1", "10.0.0.2")
+		y, punchY := mk("2.2.2.2", "192.168.0.2")
+		x.noUDP, y.noUDP = rnd.IntN(10) == 0, rnd.IntN(10) == 0
+		s.pair(x, y)
+		s.run(30*time.Second, 100*time.Millisecond)
+		must := punchX && punchY && !x.noUDP && !y.noUDP
+		for _, n := range s.nodes {
+			if must && n.directAt.IsZero() {
+				t.Errorf("seed %d: no direct path", seed)
+			}
+			if !must && n.directAt.IsZero() == false && (x.noUDP || y.noUDP) {
+				t.Errorf("seed %d: direct without UDP", seed)
+			}
+			// Lost data is loss, not a stall: what counts is that packets keep arriving.
+			if n.maxGap > 2500*time.Millisecond {
+				t.Errorf("seed %d: stalled for %v", seed, n.maxGap)
+			}
+			if n.pings > 150 || n.calls > 40 {
+				t.Errorf("seed %d: %d pings, %d calls in 30 s", seed, n.pings, n.calls)
+			}
+		}
+		s.run(2*time.Minute, 0)
+		pings := x.pings + y.pings
+		s.run(time.Hour, 0)
+		if x.pings+y.pings != pings {
+			t.Errorf("seed %d: %d pings in silence", seed, x.pings+y.pings-pings)
+		}
 	}
 }
