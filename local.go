@@ -132,6 +132,9 @@ func (s *Server) status(n *node.Node, st node.Status, peers bool) *Status {
 	if st.Err != nil {
 		out.Health = append(out.Health, st.Err.Error())
 	}
+	if st.RelayErr != nil {
+		out.Health = append(out.Health, "home relay: "+st.RelayErr.Error())
+	}
 	m := st.Netmap
 	if m == nil {
 		out.Self = &PeerStatus{PublicKey: n.NodeKey(), HostName: s.Hostname}

@@ -48,7 +48,10 @@ type Config struct {
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	// RootCAs verifies relays' certificates; nil is the system's.
 	RootCAs *x509.CertPool
-	Logger  *slog.Logger
+	// RelayState, if not nil, is told when a relay's connection comes up or ends. It must not
+	// call the Engine.
+	RelayState func(region int, connected bool, err error)
+	Logger     *slog.Logger
 }
 
 // Engine carries packets. All its methods are safe for concurrent use.
@@ -63,8 +66,9 @@ type Engine struct {
 	filter atomic.Pointer[filter.Filter]
 	trans  atomic.Pointer[transport]
 
+	home atomic.Int64
+
 	mu     sync.Mutex // guards what follows, and serialises SetNetmap, SetNodeKey and Close
-	home   int
 	closed bool
 }
 
@@ -166,7 +170,7 @@ func (e *Engine) SetNodeKey(k key.NodePrivate) error {
 	if m := e.netmap.Load(); m != nil {
 		t.relays.SetMap(m.DERPMap)
 		t.setPeers(m, netmap.Change{}, true)
-		t.relays.SetHome(e.home)
+		t.relays.SetHome(e.Home())
 	}
 	old := e.trans.Swap(t)
 	old.close()
@@ -180,16 +184,12 @@ func (e *Engine) SetHome(region int) {
 	if e.closed {
 		return
 	}
-	e.home = region
+	e.home.Store(int64(region))
 	e.trans.Load().relays.SetHome(region)
 }
 
 // Home returns the home relay's region, 0 before there is one.
-func (e *Engine) Home() int {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.home
-}
+func (e *Engine) Home() int { return int(e.home.Load()) }
 
 func selfAddrs(m *netmap.Map) []netip.Addr {
 	var out []netip.Addr

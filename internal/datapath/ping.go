@@ -167,6 +167,9 @@ func (e *Engine) PingICMP(ctx context.Context, addr netip.Addr) (time.Duration, 
 // a path that is not up yet.
 const pingInterval = time.Second
 
+// noPathInterval is how long a disco ping to a peer without a path waits to look again.
+const noPathInterval = 50 * time.Millisecond
+
 func (e *Engine) ping(ctx context.Context, addr netip.Addr, id pingID, build func(self netip.Addr) ([]byte, error)) (time.Duration, uint16, error) {
 	self, ok := e.selfAddr(addr.Is4())
 	if !ok {
@@ -219,7 +222,20 @@ func (e *Engine) PingDisco(ctx context.Context, addr netip.Addr, size int) (path
 	if n == nil {
 		return path.PingResult{}, ErrNoPeer
 	}
-	return e.trans.Load().paths.Ping(ctx, n.Key, size)
+	for {
+		r, err := e.trans.Load().paths.Ping(ctx, n.Key, size)
+		if !errors.Is(err, path.ErrNoPath) {
+			return r, err
+		}
+		// Its home relay is not known yet: it may have joined this very moment.
+		select {
+		case <-time.After(noPathInterval):
+		case <-ctx.Done():
+			return r, context.Cause(ctx)
+		case <-e.waits.done:
+			return r, errClosed
+		}
+	}
 }
 
 func (e *Engine) selfAddr(is4 bool) (netip.Addr, bool) {

@@ -41,7 +41,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
 	}
-	feed := &relayFeed{}
+	feed := &relayFeed{told: e.cfg.RelayState}
 	t.relays = client.NewRegions(client.RegionsConfig{
 		PrivateKey: k,
 		Dial:       e.cfg.Dial,
@@ -149,7 +149,10 @@ func peerInfo(n *netmap.Node) path.PeerInfo {
 }
 
 // relayFeed hands what relays deliver to the path manager.
-type relayFeed struct{ *path.Manager }
+type relayFeed struct {
+	*path.Manager
+	told func(region int, connected bool, err error) // may be nil
+}
 
 func (f *relayFeed) Packet(region int, src key.NodePublic, b []byte) { f.FromRelay(region, src, b) }
 func (f *relayFeed) Flush(region int)                                { f.FlushRelay(region) }
@@ -158,4 +161,7 @@ func (f *relayFeed) PeerGone(region int, peer key.NodePublic, reason byte) {
 }
 func (f *relayFeed) State(region int, connected bool, err error) {
 	f.RelayState(region, connected, err)
+	if f.told != nil {
+		f.told(region, connected, err)
+	}
 }

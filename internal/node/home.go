@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/netcheck"
@@ -9,6 +10,9 @@ import (
 
 // homeInterval is how often the home relay is thought over when nothing happens.
 const homeInterval = 20 * time.Minute
+
+// relayWait bounds how long control is not told of a new home relay that does not answer.
+const relayWait = time.Second
 
 func (n *Node) kickHome() {
 	select {
@@ -50,9 +54,29 @@ func (n *Node) chooseHome() {
 			continue
 		}
 		last = rep
-		n.engine.SetHome(rep.Home)
+		if rep.Home != home {
+			n.update(func(s *Status) { s.HomeRelay, s.RelayErr = false, nil })
+			n.engine.SetHome(rep.Home)
+		}
+		n.awaitRelay()
 		n.tellControl(rep.NetInfo())
 	}
+}
+
+// awaitRelay waits a moment for the home relay: peers that hear of it send their first packet
+// there at once, and it should not come before we do.
+func (n *Node) awaitRelay() {
+	ctx, cancel := context.WithTimeout(n.ctx, relayWait)
+	defer cancel()
+	n.Await(ctx, func(s Status) (bool, error) { return s.HomeRelay || s.RelayErr != nil, nil })
+}
+
+// relayState follows the connection to the home relay. It runs on the relay's goroutine.
+func (n *Node) relayState(region int, connected bool, err error) {
+	if region != n.engine.Home() {
+		return
+	}
+	n.update(func(s *Status) { s.HomeRelay, s.RelayErr = connected, err })
 }
 
 // tellControl sends the host information with what is known of the network.

@@ -68,7 +68,10 @@ type Status struct {
 	AuthURL string      // somebody must visit it; only in NeedsLogin
 	Err     error       // why there is no connection to control at the moment, or why the node failed
 	Netmap  *netmap.Map // nil before the first; kept while control is away
-	Health  []string    // what is wrong right now, in words
+	Health  []string    // what is wrong right now, in words, by control
+
+	HomeRelay bool  // the connection to the home relay stands
+	RelayErr  error // why it does not
 }
 
 // Node is a node of a tailnet. Its methods are safe for concurrent use.
@@ -145,11 +148,12 @@ func Start(cfg Config) (*Node, error) {
 	}
 	n.host = n.hostinfo()
 	n.engine, err = datapath.New(datapath.Config{
-		NodeKey:  n.saved.NodeKey,
-		DiscoKey: n.disco,
-		Dial:     cfg.Dial,
-		RootCAs:  cfg.RootCA,
-		Logger:   cfg.Logger,
+		NodeKey:    n.saved.NodeKey,
+		DiscoKey:   n.disco,
+		Dial:       cfg.Dial,
+		RootCAs:    cfg.RootCA,
+		RelayState: n.relayState,
+		Logger:     cfg.Logger,
 	})
 	if err != nil {
 		return nil, err
