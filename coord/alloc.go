@@ -69,7 +69,7 @@ func pairIPv6(p netip.Prefix, v4 netip.Addr) netip.Addr {
 func label(host string) string {
 	host, _, _ = strings.Cut(host, ".") // "laptop.lan"
 	var b strings.Builder
-	dash := true // no dash at the start, none twice
+	dash := true                                     // no dash at the start, none twice
 	for i := 0; i < len(host) && b.Len() < 58; i++ { // room for a suffix
 		c := host[i]
 		switch {
