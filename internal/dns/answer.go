@@ -51,7 +51,7 @@ func Answer(query []byte, m *netmap.Map) (response []byte, forward bool) {
 	}
 	name, ok := canonical(q.Name.String())
 	if !ok || m == nil {
-		return r.fail(dnsmessage.RCodeRefused), ok
+		return r.fail(dnsmessage.RCodeRefused), true
 	}
 
 	r.h.Authoritative = true
