@@ -20,6 +20,7 @@ type direct struct {
 	busy  bool
 	wake  chan struct{}
 	pkts  int
+	drops int
 }
 
 func (d *direct) WritePacket(p *Packet) {
@@ -30,7 +31,8 @@ func (d *direct) WritePacket(p *Packet) {
 	for {
 		at := len(d.queue)
 		if at+DefaultMTU > cap(d.queue) {
-			break // dropped
+			d.drops++ // with what is left of the segment
+			break
 		}
 		n := p.Next(d.queue[at : at+DefaultMTU])
 		if n == 0 {
@@ -130,6 +132,10 @@ func BenchmarkBulk(b *testing.B) {
 				wg.Wait()
 				b.StopTimer()
 				b.ReportMetric(float64(wire.pkts-before)/float64(b.N), "pkts/op")
+				b.ReportMetric(float64(wire.drops), "drops")
+				st := x.gv.Stats().TCP
+				b.ReportMetric(float64(st.Retransmits.Value()), "retransmits")
+				b.ReportMetric(float64(st.Timeouts.Value()), "timeouts")
 			})
 		}
 	}

@@ -14,18 +14,36 @@ const initialBuffer = 128 << 10
 const (
 	idleAfter    = 3 * time.Second // a grown connection that moved nothing for this long may be asked to shrink
 	reclaimEvery = time.Second
+
+	// Without regard to the round trip, the connections that have grown share shortPath, within these bounds: about
+	// what a socket buffer of a few megabytes lets pass when all of them send at once.
+	shortPath             = 8 << 20
+	leastShort, mostShort = 512 << 10, 2 << 20
+
+	// perRTT is what each millisecond of round trip adds: 512 KiB of buffer is 256 KiB of window, 2 Gbit/s.
+	perRTT = 512 << 10
+	rttAge = 30 * time.Second // after which the least round trip seen is forgotten, for paths change
+
+	sampleEvery = 50 * time.Millisecond
 )
 
 // budget is the node's ceiling for TCP buffers.
 //
-// Each connection starts with small buffers, and gVisor grows them as the path shows that it needs more: the receive
-// buffer by how much the application reads within a round trip, the send buffer by the congestion window. What they
-// grow by is taken from one pool. A connection gets at most half of what the pool has left, so the first to come
-// cannot starve the rest, and gives everything back when it closes. Once the pool runs short, connections that have
-// moved nothing for a while are shrunk to the initial size; a window already advertised is never taken back
-// (RFC 9293 §3.8.6), the buffer only stops being refilled.
+// Each connection starts with small buffers. The receive buffer doubles while the application reads a good part of the
+// window within a round trip (gVisor's own way of growing it cannot be stopped at a size of our choice before the
+// larger window is advertised). The send buffer is grown by gVisor with the congestion window, and trimmed here. Left
+// alone, both grow on any fast path until some queue overflows, for the queue that they fill lengthens the round trip.
+// So growth is limited twice.
 //
-// So the stack holds at most connections × 2 × initialBuffer + total, and windows reach max/2 on a path that needs it.
+// By the path: a connection may have a share of what suits short paths, and more with the least round trip it has
+// seen (grower.limit).
+//
+// By the node: what buffers grow by is taken from one pool. A connection gets at most half of what the pool has left,
+// so the first to come cannot starve the rest, and gives everything back when it closes. Once the pool runs short,
+// connections that have moved nothing for a while go back to the initial size. A window already advertised is never
+// taken back (RFC 9293 §3.8.6); the buffer only stops being refilled.
+//
+// So the stack holds at most connections × 2 × initialBuffer + total.
 type budget struct {
 	max int64
 
@@ -43,57 +61,117 @@ func (b *budget) init(max, total int) {
 // grower is one direction of one connection.
 type grower struct {
 	b    *budget
-	opts *tcpip.SocketOptions
+	ep   tcpip.Endpoint
 	recv bool
 
+	// Of the goroutine that reads, or writes.
+	since   time.Time // start of the measurement
+	sum     int       // bytes read since
+	sampled time.Time // when the stack was asked for the round trip
+
 	// Guarded by b.mu.
+	gone   bool
 	extra  int64     // granted beyond initialBuffer
 	active time.Time // when it last asked
+	rtt    time.Duration
+	rttAt  time.Time
 }
 
 func (g *grower) size() int64 {
 	if g.recv {
-		return g.opts.GetReceiveBufferSize()
+		return g.ep.SocketOptions().GetReceiveBufferSize()
 	}
-	return g.opts.GetSendBufferSize()
+	return g.ep.SocketOptions().GetSendBufferSize()
 }
 
 // setSize sets the size without the side effect that switches automatic growth off.
 func (g *grower) setSize(n int64) {
 	if g.recv {
-		g.opts.SetReceiveBufferSize(n, false)
+		g.ep.SocketOptions().SetReceiveBufferSize(n, false)
 	} else {
-		g.opts.SetSendBufferSize(n, false)
+		g.ep.SocketOptions().SetSendBufferSize(n, false)
 	}
 }
 
-// settle is called by the connection now and then while it moves data: it pays for what gVisor grew the buffer by, or
-// trims the buffer to what was granted.
-func (g *grower) settle() {
+// received is called, now and then, with the number of bytes that were read.
+func (g *grower) received(n int) {
+	now := time.Now()
+	if g.since.IsZero() {
+		g.since = now
+		return
+	}
+	g.sum += n
+	elapsed := now.Sub(g.since)
+	rtt := g.roundTrip(now)
+	if elapsed < rtt {
+		return
+	}
+	rate := float64(g.sum) * float64(rtt) / float64(elapsed) // bytes per round trip
+	g.since, g.sum = now, 0
 	size := g.size()
+	if rate > float64(size/4) { // half of the window
+		size *= 2
+	}
+	g.settle(size)
+}
+
+// sent is called, now and then, by a connection that sends.
+func (g *grower) sent() {
+	if size := g.size(); size > initialBuffer { // the common case takes no lock
+		g.roundTrip(time.Now())
+		g.settle(size)
+	}
+}
+
+// roundTrip returns the least round trip seen lately.
+func (g *grower) roundTrip(now time.Time) time.Duration {
+	var rtt time.Duration
+	if now.Sub(g.sampled) >= sampleEvery {
+		var info tcpip.TCPInfoOption
+		g.ep.GetSockOpt(&info) // before b.mu, for it waits for the endpoint's lock
+		rtt, g.sampled = info.RTT, now
+	}
+	g.b.mu.Lock()
+	defer g.b.mu.Unlock()
+	if rtt > 0 && (g.rtt == 0 || rtt < g.rtt || now.Sub(g.rttAt) > rttAge) {
+		g.rtt, g.rttAt = rtt, now
+	}
+	return max(g.rtt, time.Millisecond)
+}
+
+// settle makes the buffer as large as it may be, up to size.
+func (g *grower) settle(size int64) {
 	if size <= initialBuffer {
-		return // the common case takes no lock
+		return
 	}
 	b := g.b
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.grown == nil {
+	if g.gone {
 		return
 	}
 	g.active = time.Now()
-	want := min(size, b.max) - initialBuffer - g.extra
-	if want > 0 {
-		if want > b.left/2 && g.active.Sub(b.reclaims) >= reclaimEvery {
-			b.reclaimLocked(g.active)
-		}
-		got := max(min(want, b.left/2), 0)
-		b.left -= got
-		g.extra += got
-		b.grown[g] = struct{}{}
+	b.grown[g] = struct{}{}
+	want := min(size, g.limitLocked()) - initialBuffer - g.extra
+	if g.recv {
+		want = max(want, 0) // less than what was advertised would make the stack drop what the peer may send
 	}
-	if granted := initialBuffer + g.extra; size > granted {
+	if want > b.left/2 && g.active.Sub(b.reclaims) >= reclaimEvery {
+		b.reclaimLocked(g.active)
+	}
+	got := min(want, b.left/2) // negative if the limit has fallen
+	b.left -= got
+	g.extra += got
+	if granted := initialBuffer + g.extra; granted != g.size() {
 		g.setSize(granted)
 	}
+}
+
+// limitLocked is the size that suits the connection's path.
+func (g *grower) limitLocked() int64 {
+	n := min(max(shortPath/int64(len(g.b.grown)), leastShort), mostShort)
+	n += int64(g.rtt / time.Millisecond * perRTT)
+	return max(min(n, g.b.max), initialBuffer)
 }
 
 // release gives back what g was granted.
@@ -101,7 +179,7 @@ func (g *grower) release() {
 	b := g.b
 	b.mu.Lock()
 	b.left += g.extra
-	g.extra = 0
+	g.extra, g.gone = 0, true
 	delete(b.grown, g)
 	b.mu.Unlock()
 }

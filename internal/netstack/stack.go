@@ -50,7 +50,7 @@ type Config struct {
 	// Output takes every packet that leaves the stack.
 	Output Output
 	// MaxBuffer is the size in bytes to which one connection's receive buffer, and its send buffer, may grow; the TCP
-	// window is half the receive buffer. Default 4 MiB.
+	// window is half the receive buffer. Only paths with a long round trip get that far. Default 8 MiB.
 	MaxBuffer int
 	// BufferBudget is the ceiling in bytes for all growth beyond the initial sizes, over all connections of the Stack.
 	// Default 32 MiB.
@@ -77,7 +77,7 @@ func (c *Config) setDefaults() error {
 		}
 	}
 	def(&c.MTU, DefaultMTU)
-	def(&c.MaxBuffer, 4<<20)
+	def(&c.MaxBuffer, 8<<20)
 	def(&c.BufferBudget, 32<<20)
 	def(&c.Backlog, 256)
 	def(&c.FallbackInFlight, 256)

@@ -106,13 +106,14 @@ type conn struct {
 	copied int               // read since the stack was told
 	rgrow  grower
 
-	wr    side
-	src   bytes.Reader // argument of ep.Write
-	wgrow grower
+	wr      side
+	src     bytes.Reader // argument of ep.Write
+	written int          // since wgrow was told
+	wgrow   grower
 }
 
-// moderateEvery is how many bytes are read before the stack reconsiders the receive buffer: it takes a lock and the
-// time, and small reads need no larger window.
+// moderateEvery is how many bytes are read, or written, before the size of the buffer is reconsidered: it takes locks
+// and the time, and who moves little needs no larger window.
 const moderateEvery = 16 << 10
 
 // newConn makes an established endpoint a connection of s. If the Stack is closed, the endpoint is reset and the
@@ -125,9 +126,8 @@ func (s *Stack) newConn(ep tcpip.Endpoint, wq *waiter.Queue) *conn {
 	if a, err := ep.GetRemoteAddress(); err == nil {
 		c.remote = netip.AddrPortFrom(fromGV(a.Addr), a.Port)
 	}
-	o := ep.SocketOptions()
-	c.rgrow = grower{b: &s.budget, opts: o, recv: true}
-	c.wgrow = grower{b: &s.budget, opts: o}
+	c.rgrow = grower{b: &s.budget, ep: ep, recv: true}
+	c.wgrow = grower{b: &s.budget, ep: ep}
 	c.rd.watch(wq, waiter.ReadableEvents)
 	c.wr.watch(wq, waiter.WritableEvents)
 	if !s.add(c) {
@@ -182,12 +182,11 @@ func (c *conn) tryRead(b []byte) (int, error) {
 	return 0, c.fail("read", sysError(err, c.closed.Load()))
 }
 
-// moderate lets the receive buffer grow after n more bytes were read.
+// moderate notes that n more bytes were read.
 func (c *conn) moderate(n int) {
 	if c.copied += n; c.copied >= moderateEvery {
-		c.ep.ModerateRecvBuf(c.copied)
+		c.rgrow.received(c.copied)
 		c.copied = 0
-		c.rgrow.settle()
 	}
 }
 
@@ -206,16 +205,16 @@ func (c *conn) Write(b []byte) (int, error) {
 		if done == len(b) {
 			return done, nil
 		}
-		c.wgrow.settle()
 		c.src.Reset(b[done:])
 		n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})
 		c.src.Reset(nil)
 		done += int(n)
+		if c.written += int(n); c.written >= moderateEvery {
+			c.written = 0
+			c.wgrow.sent()
+		}
 		switch err.(type) {
 		case nil:
-			if done == len(b) {
-				return done, nil
-			}
 		case *tcpip.ErrWouldBlock:
 			<-c.wr.ready
 		default:
