@@ -429,3 +429,21 @@ func must(t testing.TB, err error) {
 
 func isOnline(n *tailcfg.Node) bool  { return n.Online != nil && *n.Online }
 func isOffline(n *tailcfg.Node) bool { return n.Online != nil && !*n.Online }
+
+func listen() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") }
+
+// getAny fetches url and returns the body, whatever the status.
+func getAny(t *testing.T, url string) string {
+	t.Helper()
+	res, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	defer http.DefaultClient.CloseIdleConnections()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}

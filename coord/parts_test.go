@@ -1,0 +1,318 @@
+package coord
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/tailcfg"
+)
+
+func TestLabel(t *testing.T) {
+	for in, want := range map[string]string{
+		"web": "web", "Web-1": "web-1", "Ann's Laptop": "anns-laptop", "laptop.lan": "laptop", "": "node", "---": "node",
+		"日本": "node", "a__b": "a-b", "-a-": "a", "ip 10.0": "ip-10", "x\x00y": "x-y", "müsli": "m-sli",
+		strings.Repeat("a", 100): strings.Repeat("a", 58),
+	} {
+		if got := label(in); got != want {
+			t.Errorf("label(%q) = %q, want %q", in, got, want)
+		}
+	}
+	taken := map[string]bool{"a": true, "a-1": true}
+	if n := freeName("a", func(s string) bool { return taken[s] }); n != "a-2" {
+		t.Errorf("freeName = %q", n)
+	}
+}
+
+func TestAddresses(t *testing.T) {
+	p := netip.MustParsePrefix("10.0.0.0/29") // .1 to .6
+	taken := map[netip.Addr]bool{}
+	isTaken := func(a netip.Addr) bool { return taken[a] }
+	var last netip.Addr
+	var got []string
+	for range 6 {
+		a, err := nextIPv4(p, last, isTaken)
+		must(t, err)
+		taken[a], last = true, a
+		got = append(got, a.String())
+	}
+	if want := []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6"}; !slices.Equal(got, want) {
+		t.Errorf("got %v", got)
+	}
+	if _, err := nextIPv4(p, last, isTaken); !errors.Is(err, errPoolEmpty) {
+		t.Errorf("err = %v", err)
+	}
+	delete(taken, netip.MustParseAddr("10.0.0.2"))
+	delete(taken, netip.MustParseAddr("10.0.0.5"))
+	if a, _ := nextIPv4(p, netip.MustParseAddr("10.0.0.3"), isTaken); a.String() != "10.0.0.5" {
+		t.Errorf("after .3 comes %v: an address that was just given back is used at once", a)
+	}
+	if a, _ := nextIPv4(DefaultPrefix4, netip.MustParseAddr("100.100.99.255"), isTaken); a.String() != "100.100.101.0" {
+		t.Errorf("MagicDNS's own range is not left out: %v", a)
+	}
+	if a := pairIPv6(DefaultPrefix6, netip.MustParseAddr("100.64.0.1")); a.String() != "fd7a:115c:a1e0::6440:1" {
+		t.Errorf("IPv6 %v", a)
+	}
+}
+
+func TestAddressesUsedUp(t *testing.T) {
+	s := startServer(t, &Server{Prefix4: netip.MustParsePrefix("10.9.0.0/30")})
+	k := newKey(t, s, AuthKeyOptions{Reusable: true})
+	newPeer(t, s, "a").join(k)
+	newPeer(t, s, "b").join(k)
+	res := newPeer(t, s, "c").register(tailcfg.RegisterRequest{Auth: &tailcfg.RegisterResponseAuth{AuthKey: k}})
+	if !strings.Contains(res.Error, "no free address") {
+		t.Errorf("%+v", res)
+	}
+	must(t, s.DeleteNode("a"))
+	newPeer(t, s, "c").join(k)
+}
+
+func TestFilterChecks(t *testing.T) {
+	all := []string{"*"}
+	for name, f := range map[string]*Filter{
+		"no source":      {Rules: []FilterRule{{Dst: all}}},
+		"no destination": {Rules: []FilterRule{{Src: all}}},
+		"bad address":    {Rules: []FilterRule{{Src: []string{"10.0.0"}, Dst: all}}},
+		"bits set":       {Rules: []FilterRule{{Src: []string{"10.0.0.1/8"}, Dst: all}}},
+		"bad range":      {Rules: []FilterRule{{Src: []string{"10.0.0.9-10.0.0.1"}, Dst: all}}},
+		"mixed range":    {Rules: []FilterRule{{Src: []string{"10.0.0.9-::1"}, Dst: all}}},
+		"bad port":       {Rules: []FilterRule{{Src: all, Dst: all, Ports: []string{"70000"}}}},
+		"bad ports":      {Rules: []FilterRule{{Src: all, Dst: all, Ports: []string{"9-1"}}}},
+		"bad protocol":   {Rules: []FilterRule{{Src: all, Dst: all, Proto: []string{"quic"}}}},
+		"empty grant":    {Grants: []Grant{{Src: all, Dst: all}}},
+		"grant to range": {Grants: []Grant{{Src: all, Dst: []string{"10.0.0.1-10.0.0.2"}, Caps: map[string][]json.RawMessage{"x": nil}}}},
+	} {
+		if _, err := f.rules(); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	good := &Filter{Rules: []FilterRule{{Src: []string{"10.0.0.1", "10.0.0.0/8", "10.0.0.1-10.0.0.9", "fd00::/8"}, Dst: []string{"*", "100.64.0.1"},
+		Ports: []string{"1-2", "*"}, Proto: []string{"TCP", "47"}}}}
+	r, err := good.rules()
+	if err != nil || len(r[0].DstPorts) != 4 || r[0].IPProto[1] != 47 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if r, err := (&Filter{}).rules(); err != nil || r == nil || len(r) != 0 {
+		t.Errorf("the empty filter: %v, %v", r, err)
+	}
+}
+
+func TestSettings(t *testing.T) {
+	for name, s := range map[string]*Server{
+		"domain":      {Domain: "bad domain"},
+		"domain dots": {Domain: "a..b"},
+		"no listener": {Addr: "none"},
+		"URL":         {URL: "ftp://x"},
+		"prefix4":     {Prefix4: netip.MustParsePrefix("fd00::/64")},
+		"prefix6":     {Prefix6: netip.MustParsePrefix("fd00::/120")},
+		"region ID":   {Relays: []Region{{ID: 0}}},
+		"region":      {Relays: []Region{{ID: 1}, {ID: 1}}},
+		"relay":       {Relays: []Region{{ID: 1, Nodes: []Relay{{}}}}},
+	} {
+		if err := s.Start(t.Context()); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+			s.Close()
+		}
+	}
+	// A failed start leaves nothing behind: the same server starts once the reason is gone.
+	s := &Server{Dir: t.TempDir(), Addr: "256.256.256.256:1"}
+	if err := s.Start(t.Context()); err == nil {
+		t.Fatal("started")
+	}
+	s.Addr = ""
+	startServer(t, s)
+}
+
+func TestBadDatabase(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(dir, databaseFile), []byte("something else entirely"), 0o600))
+	s := &Server{Dir: dir}
+	if err := s.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "left as it is") {
+		t.Errorf("err = %v", err)
+	}
+}
+
+func TestHandlerElsewhere(t *testing.T) {
+	s := startServer(t, &Server{Addr: "none", URL: "https://control.example.com/"})
+	hs := &http.Server{Handler: s.Handler()}
+	ln := must2(listen())
+	go hs.Serve(ln)
+	defer hs.Close()
+	s.mu.Lock()
+	s.base = "http://" + ln.Addr().String()
+	s.mu.Unlock()
+	p := newPeer(t, s, "p").join(newKey(t, s, AuthKeyOptions{}))
+	p.stream()
+	must(t, s.Close())
+	if body := getAny(t, "http://"+ln.Addr().String()+"/key"); !strings.Contains(body, "not running") {
+		t.Errorf("after Close: %s", body)
+	}
+}
+
+func TestAdmin(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := OpenAdmin(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no server: %v", err)
+	}
+	s := startServer(t, &Server{Dir: dir})
+	st := must2(os.Stat(filepath.Join(dir, adminFile)))
+	if st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v", st.Mode())
+	}
+	a := must2(OpenAdmin(dir))
+	a.Client = &http.Client{Transport: &http.Transport{}}
+	defer a.Client.CloseIdleConnections()
+	ctx := t.Context()
+	if info, err := a.Info(ctx); err != nil || info.URL != s.BaseURL() || info.Domain != DefaultDomain {
+		t.Errorf("%+v, %v", info, err)
+	}
+	k, err := a.CreateAuthKey(ctx, AuthKeyOptions{Reusable: true, Description: "d"})
+	must(t, err)
+	newPeer(t, s, "p").join(k)
+	if l, err := a.ListAuthKeys(ctx); err != nil || len(l) != 1 || l[0].ID != AuthKeyID(k) || l[0].Uses != 1 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	must(t, a.RenameNode(ctx, "p", "q"))
+	must(t, a.SetTags(ctx, "q", []string{"tag:a"}))
+	if n, err := a.Node(ctx, "q"); err != nil || n.Tags[0] != "tag:a" {
+		t.Errorf("%+v, %v", n, err)
+	}
+	must(t, a.ExpireNode(ctx, "q"))
+	must(t, a.ApproveNode(ctx, "q"))
+	must(t, a.RevokeAuthKey(ctx, AuthKeyID(k)))
+	must(t, a.CreateUser(ctx, "ann", "Ann"))
+	if err := a.CreateUser(ctx, "ann", "Ann"); !errors.Is(err, ErrExists) {
+		t.Errorf("twice: %v", err)
+	}
+	if l, err := a.ListUsers(ctx); err != nil || len(l) != 3 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	must(t, a.SetFilter(ctx, &Filter{}))
+	must(t, a.SetRelays(ctx, []Region{{ID: 1}}))
+	if err := a.SetFilter(ctx, &Filter{Rules: []FilterRule{{}}}); !errors.Is(err, ErrInvalid) {
+		t.Errorf("bad filter: %v", err)
+	}
+	x, y := newPeer(t, s, "x"), newPeer(t, s, "y")
+	must(t, a.ApproveLogin(ctx, x.register(tailcfg.RegisterRequest{}).AuthURL, ApproveOptions{User: "ann"}))
+	must(t, a.RejectLogin(ctx, y.register(tailcfg.RegisterRequest{}).AuthURL))
+	if l, err := a.PendingLogins(ctx); err != nil || len(l) != 0 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	must(t, a.DeleteNode(ctx, "q"))
+	if err := a.DeleteNode(ctx, "q"); !errors.Is(err, ErrNotFound) || !strings.HasPrefix(err.Error(), "coord: node") {
+		t.Errorf("twice: %v", err)
+	}
+	if l, err := a.Nodes(ctx); err != nil || len(l) != 1 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	bad := *a
+	bad.Token = "x"
+	if _, err := bad.Nodes(ctx); err == nil || strings.Contains(err.Error(), a.Token) {
+		t.Errorf("wrong token: %v", err)
+	}
+	if err := a.call(ctx, "no-such", adminArgs{}, nil); err == nil {
+		t.Error("unknown method")
+	}
+	must(t, s.Close())
+	if _, err := OpenAdmin(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+func TestRelayAdmission(t *testing.T) {
+	s := startServer(t, &Server{})
+	p := newPeer(t, s, "p").join(newKey(t, s, AuthKeyOptions{}))
+	ask := func(k key.NodePublic) string {
+		res, err := http.Post(s.BaseURL()+"/relay/admit", "application/json", strings.NewReader(fmt.Sprintf(`{"NodePublic":%q,"Source":"192.0.2.1"}`, k)))
+		must(t, err)
+		defer res.Body.Close()
+		defer http.DefaultClient.CloseIdleConnections()
+		var out tailcfg.DERPAdmitClientResponse
+		must(t, json.NewDecoder(res.Body).Decode(&out))
+		return fmt.Sprint(out.Allow)
+	}
+	if got := ask(p.key.Public()); got != "true" {
+		t.Errorf("a node: %s", got)
+	}
+	if got := ask(key.NewNode().Public()); got != "false" {
+		t.Errorf("a stranger: %s", got)
+	}
+	must(t, s.ExpireNode("p"))
+	if got := ask(p.key.Public()); got != "false" {
+		t.Errorf("an expired node: %s", got)
+	}
+}
+
+// TestSlowNode has a node that opens a map stream and never reads. The others must not notice, and
+// it must not cost memory for each change.
+func TestSlowNode(t *testing.T) {
+	s := startServer(t, &Server{})
+	k := newKey(t, s, AuthKeyOptions{Reusable: true})
+	slow := newPeer(t, s, "slow").join(k)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	res, err := slow.open(ctx)
+	must(t, err)
+	defer res.Body.Close()
+	xa := newPeer(t, s, "a").join(k).stream()
+	b := newPeer(t, s, "b").join(k)
+	for i := range 300 {
+		hi := b.hostinfo()
+		hi.Services = []tailcfg.Service{{Proto: "tcp", Port: uint16(i + 1), Description: strings.Repeat("x", 20_000)}}
+		b.update(tailcfg.MapRequest{Hostinfo: hi})
+	}
+	xa.sees("b", "last update", func(n *tailcfg.Node) bool {
+		return len(n.Hostinfo.Services) == 1 && n.Hostinfo.Services[0].Port == 300
+	})
+	// When it reads again, it has few messages to read and the last state at their end.
+	msgs := 0
+	for {
+		m, err := readFrame(res.Body, true)
+		must(t, err)
+		msgs++
+		done := false
+		for _, n := range append(m.PeersChanged, m.Peers...) {
+			if len(n.Hostinfo.Services) == 1 && n.Hostinfo.Services[0].Port == 300 {
+				done = true
+			}
+		}
+		if done {
+			break
+		}
+	}
+	t.Logf("%d messages for 300 changes", msgs)
+}
+
+// TestForgottenRemovals lets a stream fall so far behind that the removals it missed are forgotten.
+func TestForgottenRemovals(t *testing.T) {
+	s := startServer(t, &Server{})
+	k := newKey(t, s, AuthKeyOptions{Reusable: true})
+	newPeer(t, s, "a").join(k)
+	b := newPeer(t, s, "b").join(k)
+	n := s.net.byKey[b.key.Public()]
+	st := &stream{node: n, named: true, kick: make(chan struct{}, 1)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st.cursor = s.net.seq
+	for i := range maxRemovals + 1 {
+		s.net.hide(&node{rec: nodeRec{ID: tailcfg.NodeID(1000 + i)}})
+	}
+	f := s.delta(st, time.Now())
+	if f == nil || f.list != "Peers" || len(f.peers) != 1 {
+		t.Errorf("want the whole map, got %+v", f)
+	}
+	if len(s.net.removed) > maxRemovals {
+		t.Errorf("%d removals are kept", len(s.net.removed))
+	}
+}
