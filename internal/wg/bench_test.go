@@ -2,7 +2,9 @@ package wg
 
 import (
 	"fmt"
+	"slices"
 	"testing"
+	"time"
 )
 
 // nowhere is a Conduit that forgets.
@@ -105,6 +107,61 @@ func BenchmarkOpen(b *testing.B) {
 				}
 			})
 		}
+	}
+}
+
+// BenchmarkOverhead measures us and the bare cipher in turns, so that a busy machine slows both:
+// its metrics are medians in nanoseconds per packet, over batches as long as a batch may be.
+func BenchmarkOverhead(b *testing.B) {
+	for _, n := range []int{1280, 1420} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			x, y := benchPair(b, n)
+			count := batchOf(x.dev)
+			w, s := new(wire), &stream{pkt: ip4(n, 1)}
+			a := newAEAD(&[32]byte{1})
+			buf := make([]byte, count*(n+32))
+			sealed, out := a.Seal(nil, zeroNonce[:], buf[:n], nil), make([]byte, n)
+			var msgs [][]byte
+			runs := []struct {
+				name string
+				f    func()
+			}{
+				{"raw-seal", func() {
+					for i := range count {
+						at := i*(n+32) + 16
+						a.Seal(buf[at:at], zeroNonce[:], buf[at:at+n], nil)
+					}
+				}},
+				{"seal", func() { s.left = count; x.peer.Send(s) }},
+				{"raw-open", func() {
+					for range count {
+						a.Open(out[:0], zeroNonce[:], sealed, nil)
+					}
+				}},
+				{"open", func() {
+					for _, m := range msgs {
+						y.dev.Receive(out, m, nil)
+					}
+				}},
+			}
+			times := make([][]float64, len(runs))
+			for b.Loop() {
+				x.peer.conduit = w
+				s.left = count
+				x.peer.Send(s)
+				msgs = w.take()
+				x.peer.conduit = nowhere{}
+				for i, r := range runs {
+					start := time.Now()
+					r.f()
+					times[i] = append(times[i], float64(time.Since(start))/float64(count))
+				}
+			}
+			for i, r := range runs {
+				slices.Sort(times[i])
+				b.ReportMetric(times[i][len(times[i])/2], r.name+"-ns")
+			}
+		})
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -39,7 +40,7 @@ type node struct {
 	got  map[uint32]int
 	last uint32 // id of the last packet that came
 	errs map[error]int
-	sent int // messages
+	sent atomic.Int64 // messages
 }
 
 func newLossy(t testing.TB, seed uint64, mod func(i int, c *Config)) *lossy {
@@ -79,7 +80,7 @@ func (e *node) Send(b []byte, seg int) error {
 		n := min(seg, len(b))
 		m := bytes.Clone(b[:n])
 		b = b[n:]
-		e.sent++
+		e.sent.Add(1)
 		if l.seen != nil {
 			l.seen(1-e.n, m)
 		}

@@ -50,13 +50,13 @@ func (d *Device) receiveData(dst, msg []byte) ([]byte, *Peer, error) {
 	if s == nil || !s.acquire() {
 		return nil, nil, ErrUnknownIndex
 	}
-	pkt, err := d.open(s, dst, msg)
+	now := d.now()
+	pkt, err := d.open(s, dst, msg, now)
 	s.release()
 	if err != nil {
 		return nil, nil, err
 	}
 	p := s.peer
-	now := d.now()
 	if s.heard.Load() == 0 && s.heard.CompareAndSwap(0, now) {
 		p.firstHeard(s, now)
 	}
@@ -81,10 +81,10 @@ func (d *Device) receiveData(dst, msg []byte) ([]byte, *Peer, error) {
 }
 
 // open authenticates, decrypts and counts msg. s is acquired.
-func (d *Device) open(s *session, dst, msg []byte) ([]byte, error) {
+func (d *Device) open(s *session, dst, msg []byte, now int64) ([]byte, error) {
 	t := &d.t
 	counter := le.Uint64(msg[8:])
-	if counter >= t.rejectAfterMessages || d.now()-s.created >= t.rejectAfterTime {
+	if counter >= t.rejectAfterMessages || now-s.created >= t.rejectAfterTime {
 		return nil, ErrExpired
 	}
 	n := len(msg) - sizeKeepalive
@@ -92,12 +92,6 @@ func (d *Device) open(s *session, dst, msg []byte) ([]byte, error) {
 		dst = msg[sizeHeader:]
 	} else if len(dst) < n {
 		return nil, ErrShortBuffer
-	}
-	s.winMu.Lock()
-	seen := s.win.seen(counter)
-	s.winMu.Unlock()
-	if seen {
-		return nil, ErrReplay // at no cost; accept below decides
 	}
 	le.PutUint32(msg[4:], 0) // with the counter, the nonce
 	pkt, err := s.recv.Open(dst[:0:n], msg[4:16], msg[sizeHeader:], nil)
@@ -114,7 +108,7 @@ func (d *Device) open(s *session, dst, msg []byte) ([]byte, error) {
 		return nil, ErrReplay
 	}
 	if has && !had {
-		d.sched.wakeBy(s.peer, d.now()+t.keepaliveTimeout)
+		d.sched.wakeBy(s.peer, now+t.keepaliveTimeout)
 	}
 	return pkt, nil
 }

@@ -19,7 +19,10 @@ func inBubble(t *testing.T, f func(t *testing.T, l *lossy)) {
 	})
 }
 
-func settle() { time.Sleep(100 * time.Millisecond) }
+func settle() {
+	time.Sleep(100 * time.Millisecond)
+	synctest.Wait()
+}
 
 // TestRekeyWithoutLoss has traffic for ten minutes over a network that loses nothing: the
 // rekeys may not lose anything either.
@@ -140,14 +143,16 @@ func TestIdlePeerIsSilent(t *testing.T) {
 		settle()
 		b.send(1)
 		time.Sleep(30 * time.Second)
-		before := a.sent + b.sent
+		before := a.sent.Load() + b.sent.Load()
 		time.Sleep(time.Hour)
-		if after := a.sent + b.sent; after != before {
+		synctest.Wait()
+		if after := a.sent.Load() + b.sent.Load(); after != before {
 			t.Errorf("%d messages in an idle hour", after-before)
 		}
 		if a.peer.HasSession() || b.peer.HasSession() {
 			t.Error("a session outlived its time")
 		}
+		synctest.Wait()
 		if len(a.dev.sched.heap)+a.dev.table.live != 0 {
 			t.Errorf("left: %d deadlines, %d sessions", len(a.dev.sched.heap), a.dev.table.live)
 		}
@@ -164,18 +169,18 @@ func TestPassiveKeepalive(t *testing.T) {
 		a, b := l.ends[0], l.ends[1]
 		a.send(1)
 		settle()
-		before := b.sent
+		before := b.sent.Load()
 		time.Sleep(9 * time.Second)
-		if b.sent != before {
-			t.Errorf("%d messages before the keepalive was due", b.sent-before)
+		if b.sent.Load() != before {
+			t.Errorf("%d messages before the keepalive was due", b.sent.Load()-before)
 		}
 		time.Sleep(2 * time.Second)
-		if b.sent != before+1 {
-			t.Errorf("%d messages, want one keepalive", b.sent-before)
+		if b.sent.Load() != before+1 {
+			t.Errorf("%d messages, want one keepalive", b.sent.Load()-before)
 		}
-		sentA := a.sent
+		sentA := a.sent.Load()
 		time.Sleep(60 * time.Second)
-		if b.sent != before+1 || a.sent != sentA {
+		if b.sent.Load() != before+1 || a.sent.Load() != sentA {
 			t.Error("a keepalive was answered")
 		}
 	})
@@ -212,6 +217,7 @@ func TestGivingUp(t *testing.T) {
 		l.seen = func(int, []byte) { at = append(at, time.Now()) }
 		a.send(1)
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		if len(at) < 16 || len(at) > 18 {
 			t.Errorf("%d initiations", len(at))
 		}
@@ -326,22 +332,23 @@ func TestPersistentKeepalive(t *testing.T) {
 		if !a.peer.HasSession() {
 			t.Fatal("no session")
 		}
-		last := a.sent
+		last := a.sent.Load()
 		for range 40 {
 			time.Sleep(26 * time.Second)
-			if a.sent == last {
+			if a.sent.Load() == last {
 				t.Error("26 seconds of silence")
 			}
-			last = a.sent
+			last = a.sent.Load()
 		}
 		if !a.peer.HasSession() || !b.peer.HasSession() {
 			t.Error("the session was not renewed")
 		}
 		a.peer.SetPersistentKeepalive(0)
 		time.Sleep(time.Minute)
-		last = a.sent
+		last = a.sent.Load()
 		time.Sleep(time.Hour)
-		if a.sent != last {
+		synctest.Wait()
+		if a.sent.Load() != last {
 			t.Error("not turned off")
 		}
 	})

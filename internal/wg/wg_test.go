@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"sync"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -15,6 +16,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // A wire is a Conduit that keeps what it is given, in order, one entry per message.
 type wire struct {
+	mu      sync.Mutex
 	msgs    [][]byte
 	batches []batch
 }
@@ -22,6 +24,8 @@ type wire struct {
 type batch struct{ n, seg int }
 
 func (w *wire) Send(b []byte, seg int) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.batches = append(w.batches, batch{len(b), seg})
 	for len(b) > 0 {
 		n := min(seg, len(b))
@@ -32,6 +36,8 @@ func (w *wire) Send(b []byte, seg int) error {
 }
 
 func (w *wire) take() [][]byte {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	m := w.msgs
 	w.msgs, w.batches = nil, nil
 	return m
