@@ -6,6 +6,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -366,5 +367,5 @@ func (b *batch) fixLength(n int) {
 	}
 	binary.BigEndian.PutUint16(b.hdr[2:], uint16(b.hlen+n))
 	b.hdr[10], b.hdr[11] = 0, 0
-	binary.BigEndian.PutUint16(b.hdr[10:], ^fold(sum(0, b.hdr[:b.ipLen])))
+	binary.BigEndian.PutUint16(b.hdr[10:], ^checksum.Checksum(b.hdr[:b.ipLen], 0))
 }

@@ -268,29 +268,6 @@ func (c *collector) stream(seq uint32) []byte {
 	return out
 }
 
-func TestCopySum(t *testing.T) {
-	r := rand.New(rand.NewPCG(3, 4))
-	for i := range 3000 {
-		b := make([]byte, r.IntN(300))
-		for j := range b {
-			b[j] = byte(r.Uint32())
-			if i%3 == 0 {
-				b[j] |= 0xfe
-			}
-		}
-		d := make([]byte, len(b))
-		want := refSum(b)
-		for name, got := range map[string]uint16{"copySum": fold(copySum(d, b)), "sum": fold(sum(0, b))} {
-			if got%0xffff != want%0xffff {
-				t.Fatalf("%s of %d bytes = %#x, want %#x", name, len(b), got, want)
-			}
-		}
-		if !bytes.Equal(b, d) {
-			t.Fatal("copy differs")
-		}
-	}
-}
-
 func TestNextTooSmall(t *testing.T) {
 	g := superSegment{src: netip.AddrPortFrom(a4, 1), dst: netip.AddrPortFrom(b4, 2), flags: tcpACK, payload: make([]byte, 5000)}
 	pk := g.packetBuffer(1240)
