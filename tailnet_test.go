@@ -1,0 +1,237 @@
+package tailnode_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/tailnode/tailnode"
+	"github.com/tailnode/tailnode/coord"
+)
+
+func TestDialErrors(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	ip4, _ := b.TailscaleIPs()
+	if err := tn.coord.SetFilter(&coord.Filter{Rules: []coord.FilterRule{{Src: []string{"*"}, Dst: []string{"*"}, Ports: []string{"1-99"}}}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		network, addr string
+		code          tailnode.Code
+		words         string
+	}{
+		{"tcp", ip4.String() + ":81", tailnode.CodeRefused, "refused"},
+		{"tcp", ip4.String() + ":100", tailnode.CodeRefused, "access rules"},
+		{"tcp", "192.0.2.1:80", tailnode.CodeNotTailnet, "192.0.2.1"},
+		{"tcp", "example.com:80", tailnode.CodeNotTailnet, "example.com"},
+		{"tcp", "nobody:80", tailnode.CodeNoSuchHost, "nobody"},
+		{"tcp", "100.127.3.4:80", tailnode.CodeUnreachable, "100.127.3.4"},
+		{"tcp6", ip4.String() + ":80", tailnode.CodeInvalidArgument, "family"},
+		{"tcp", "beta", tailnode.CodeInvalidArgument, "port"},
+		{"tcp", "beta:0", tailnode.CodeInvalidArgument, "port 0"},
+		{"tcp", "beta:nonsense", tailnode.CodeInvalidArgument, "nonsense"},
+		{"ip", "beta:80", tailnode.CodeUnsupported, "ip"},
+	} {
+		t.Run(c.network+" "+c.addr, func(t *testing.T) {
+			_, err := a.Dial(withTimeout(t, 2*time.Second), c.network, c.addr)
+			wantCode(t, err, c.code, c.words)
+		})
+	}
+}
+
+func TestListenErrors(t *testing.T) {
+	tn := newTailnet(t)
+	a := tn.up("alpha")
+	ln, err := a.Listen("tcp", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for _, c := range []struct {
+		network, addr string
+		code          tailnode.Code
+	}{
+		{"tcp", ":80", tailnode.CodeAddressInUse},
+		{"udp", ":81", tailnode.CodeUnsupported},
+		{"tcp", "192.0.2.1:81", tailnode.CodeInvalidArgument},
+		{"tcp", "example.com:81", tailnode.CodeInvalidArgument},
+		{"tcp", "81", tailnode.CodeInvalidArgument},
+	} {
+		_, err := a.Listen(c.network, c.addr)
+		wantCode(t, err, c.code)
+	}
+	_, err = a.ListenPacket("tcp", ":82")
+	wantCode(t, err, tailnode.CodeUnsupported)
+}
+
+func TestUDP(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	ip4, ip6 := b.TailscaleIPs()
+	for _, c := range []struct{ network, listen, dial string }{
+		{"udp", ":53", "beta:53"},
+		{"udp4", netip.AddrPortFrom(ip4, 54).String(), netip.AddrPortFrom(ip4, 54).String()},
+		{"udp6", netip.AddrPortFrom(ip6, 55).String(), netip.AddrPortFrom(ip6, 55).String()},
+	} {
+		t.Run(c.network, func(t *testing.T) {
+			pc, err := b.ListenPacket(c.network, c.listen)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer pc.Close()
+			go func() {
+				buf := make([]byte, 2000)
+				for {
+					n, from, err := pc.ReadFrom(buf)
+					if err != nil {
+						return
+					}
+					pc.WriteTo(buf[:n], from)
+				}
+			}()
+			conn, err := a.Dial(withTimeout(t, 10*time.Second), c.network, c.dial)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			buf := make([]byte, 2000)
+			for _, size := range []int{1, 100, 1200} {
+				// A datagram may be lost: it is sent until its answer comes.
+				var n int
+				for try := 0; ; try++ {
+					if _, err := conn.Write(make([]byte, size)); err != nil {
+						t.Fatal(err)
+					}
+					conn.SetReadDeadline(time.Now().Add(time.Second))
+					if n, err = conn.Read(buf); err == nil && n == size {
+						break
+					} else if try == 10 {
+						t.Fatalf("datagram of %d bytes: got %d, %v", size, n, err)
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestWhoIs(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	const grant = "example.com/cap/test"
+	if err := tn.coord.SetFilter(&coord.Filter{
+		Rules:  []coord.FilterRule{{Src: []string{"*"}, Dst: []string{"*"}}},
+		Grants: []coord.Grant{{Src: []string{"*"}, Dst: []string{"*"}, Caps: map[string][]json.RawMessage{grant: {json.RawMessage(`{"role":"admin"}`)}}}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	lc, err := b.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := b.Listen("tcp", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		who, err := lc.WhoIs(r.Context(), r.RemoteAddr)
+		if err != nil {
+			http.Error(w, err.Error(), 500)
+			return
+		}
+		fmt.Fprintf(w, "%s %s %v", who.Node.Name, who.UserProfile.LoginName, who.CapMap[grant])
+	})}
+	go hs.Serve(ln)
+	defer hs.Close()
+	hc := a.HTTPClient()
+	defer hc.CloseIdleConnections()
+	for _, host := range []string{"beta", "beta." + coord.DefaultDomain} {
+		resp, err := hc.Get("http://" + host + "/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if want := "alpha." + coord.DefaultDomain + `. ` + coord.DefaultUser + ` [{"role":"admin"}]`; err != nil || string(body) != want {
+			t.Errorf("got %q, %v, want %q", body, err, want)
+		}
+	}
+	_, err = lc.WhoIs(t.Context(), "100.127.9.9:1")
+	wantCode(t, err, tailnode.CodeNotFound)
+	_, err = lc.WhoIs(t.Context(), "nonsense")
+	wantCode(t, err, tailnode.CodeInvalidArgument)
+}
+
+func TestFallbackTCPHandler(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	remove := b.RegisterFallbackTCPHandler(func(src, dst netip.AddrPort) (func(net.Conn), bool) {
+		if dst.Port() != 1234 {
+			return nil, false
+		}
+		return func(c net.Conn) {
+			fmt.Fprintf(c, "%d", dst.Port())
+			c.Close()
+		}, true
+	})
+	c, err := a.Dial(withTimeout(t, 10*time.Second), "tcp", "beta:1234")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(c); err != nil || string(got) != "1234" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	c.Close()
+	_, err = a.Dial(withTimeout(t, 10*time.Second), "tcp", "beta:1235")
+	wantCode(t, err, tailnode.CodeRefused)
+	remove()
+	_, err = a.Dial(withTimeout(t, 10*time.Second), "tcp", "beta:1234")
+	wantCode(t, err, tailnode.CodeRefused)
+}
+
+func TestKeyExpiry(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	old, err := a.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := old.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.coord.ExpireNode("alpha"); err != nil {
+		t.Fatal(err)
+	}
+	// The node logs in again by its auth key, with a new node key and the old addresses.
+	ctx := withTimeout(t, 30*time.Second)
+	for {
+		st, err := old.Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Self.PublicKey != before.Self.PublicKey && st.BackendState == "Running" && st.TailscaleIPs[0] == before.TailscaleIPs[0] {
+			break
+		}
+	}
+	ln, err := a.Listen("tcp", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		if c, err := ln.Accept(); err == nil {
+			c.Close()
+		}
+	}()
+	c, err := b.Dial(ctx, "tcp", "alpha:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+}
