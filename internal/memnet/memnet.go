@@ -32,9 +32,19 @@ type Link struct {
 	MTU       int           // longer datagrams are lost; 0: any length passes
 }
 
+// Router is what datagrams meet on their way besides links: NATs and firewalls. Package natlab has one.
+type Router interface {
+	// Out is called when a host sends: it returns the source as the rest of the network sees it, and whether
+	// the datagram gets out.
+	Out(src, dst netip.AddrPort) (netip.AddrPort, bool)
+	// In is called when a datagram arrives, a latency later: it returns the socket that gets it, and whether it gets in.
+	In(src, dst netip.AddrPort) (netip.AddrPort, bool)
+}
+
 // Network joins hosts. Its methods are safe for concurrent use.
 type Network struct {
 	mu       sync.Mutex
+	router   Router
 	rnd      *rand.Rand
 	link     func(src, dst netip.AddrPort, udp bool) Link
 	packets  map[netip.AddrPort]*PacketConn
@@ -59,6 +69,13 @@ func New(seed uint64, link Link) *Network {
 func (n *Network) SetLink(f func(src, dst netip.AddrPort, udp bool) Link) {
 	n.mu.Lock()
 	n.link = f
+	n.mu.Unlock()
+}
+
+// SetRouter puts r into the way of all datagrams. The network calls it with its lock held, so one call at a time.
+func (n *Network) SetRouter(r Router) {
+	n.mu.Lock()
+	n.router = r
 	n.mu.Unlock()
 }
 

@@ -65,9 +65,13 @@ func (c *PacketConn) WriteToUDPAddrPort(b []byte, dst netip.AddrPort) (int, erro
 		return 0, opError("write", "udp", dst, syscall.ENETUNREACH)
 	}
 	n := c.n
+	src, out := c.addr, true
 	n.mu.Lock()
+	if n.router != nil {
+		src, out = n.router.Out(src, dst)
+	}
 	l := n.link(c.addr, dst, true)
-	lost := l.Down || n.rnd.Float64() < l.Loss || l.MTU > 0 && len(b) > l.MTU
+	lost := !out || l.Down || n.rnd.Float64() < l.Loss || l.MTU > 0 && len(b) > l.MTU
 	copies := 1
 	if n.rnd.Float64() < l.Duplicate {
 		copies = 2
@@ -87,7 +91,7 @@ func (c *PacketConn) WriteToUDPAddrPort(b []byte, dst netip.AddrPort) (int, erro
 	if lost {
 		return len(b), nil
 	}
-	d := datagram{c.addr, append([]byte(nil), b...)}
+	d := datagram{src, append([]byte(nil), b...)}
 	for i := range copies {
 		if delays[i] == 0 {
 			n.deliver(dst, d)
@@ -100,9 +104,13 @@ func (c *PacketConn) WriteToUDPAddrPort(b []byte, dst netip.AddrPort) (int, erro
 
 func (n *Network) deliver(dst netip.AddrPort, d datagram) {
 	n.mu.Lock()
+	in := true
+	if n.router != nil {
+		dst, in = n.router.In(d.src, dst)
+	}
 	c := n.packets[dst]
 	n.mu.Unlock()
-	if c == nil {
+	if c == nil || !in {
 		return
 	}
 	c.mu.Lock()
