@@ -5,10 +5,12 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/disco"
+	"github.com/tailnode/tailnode/internal/natlab"
 )
 
 // sim runs machines against each other over a network with NATs, in virtual time and on one goroutine.
@@ -18,6 +20,7 @@ type sim struct {
 	queue simQueue
 	seq   int
 	nodes []*simNode
+	lab   *natlab.Lab
 	tx    uint64
 	delay func(from, to netip.AddrPort) (time.Duration, bool) // of a UDP packet; false: lost
 	relay time.Duration
@@ -43,75 +46,11 @@ func (q *simQueue) Pop() any {
 	return x
 }
 
-// behaviour is how a NAT maps or filters (RFC 4787 §4.1, §5).
-type behaviour int
-
-const (
-	endpointIndependent behaviour = iota
-	addressDependent
-	addressAndPortDependent
-)
-
-type nat struct {
-	pub             netip.Addr
-	mapping, filter behaviour
-	next            uint16
-	out             map[natKey]uint16         // to the external port
-	in              map[uint16]netip.AddrPort // external port to the inside
-	opened          map[natKey]bool           // what has been sent from an external port
-}
-
-type natKey struct {
-	inside netip.AddrPort
-	remote netip.AddrPort
-}
-
-func keyOf(b behaviour, inside, remote netip.AddrPort) natKey {
-	switch b {
-	case endpointIndependent:
-		remote = netip.AddrPort{}
-	case addressDependent:
-		remote = netip.AddrPortFrom(remote.Addr(), 0)
-	}
-	return natKey{inside, remote}
-}
-
-func newNAT(pub string, mapping, filter behaviour) *nat {
-	return &nat{pub: netip.MustParseAddr(pub), mapping: mapping, filter: filter, next: 40000,
-		out: map[natKey]uint16{}, in: map[uint16]netip.AddrPort{}, opened: map[natKey]bool{}}
-}
-
-// rebind forgets everything, as a restarted router does.
-func (n *nat) rebind() {
-	clear(n.out)
-	clear(n.in)
-	clear(n.opened)
-}
-
-func (n *nat) outgoing(inside, remote netip.AddrPort) netip.AddrPort {
-	k := keyOf(n.mapping, inside, remote)
-	port, ok := n.out[k]
-	if !ok {
-		n.next++
-		port = n.next
-		n.out[k], n.in[port] = port, inside
-	}
-	ext := netip.AddrPortFrom(n.pub, port)
-	n.opened[keyOf(n.filter, ext, remote)] = true
-	return ext
-}
-
-func (n *nat) incoming(remote, ext netip.AddrPort) (netip.AddrPort, bool) {
-	inside, ok := n.in[ext.Port()]
-	return inside, ok && n.opened[keyOf(n.filter, ext, remote)]
-}
-
 type simNode struct {
 	s     *sim
 	mc    *machine
 	peer  *simNode
 	addrs []netip.AddrPort // own sockets
-	nat   *nat
 	noUDP bool
 
 	route      via
@@ -129,12 +68,20 @@ type simNode struct {
 }
 
 func newSim(t *testing.T) *sim {
-	return &sim{t: t, now: time.Unix(1e9, 0), relay: 20 * time.Millisecond,
+	s := &sim{t: t, now: time.Unix(1e9, 0), relay: 20 * time.Millisecond,
 		delay: func(_, _ netip.AddrPort) (time.Duration, bool) { return 5 * time.Millisecond, true }}
+	s.lab = natlab.New(func() time.Time { return s.now })
+	return s
 }
 
-func (s *sim) node(n *nat, addrs ...string) *simNode {
-	x := &simNode{s: s, nat: n}
+// nat puts a box in front of a network.
+func (s *sim) nat(inside, outside string, mapping, filtering natlab.Behaviour) *natlab.NAT {
+	return s.lab.Add(natlab.Config{Inside: netip.MustParsePrefix(inside), Outside: netip.MustParseAddr(outside),
+		Mapping: mapping, Filtering: filtering})
+}
+
+func (s *sim) node(addrs ...string) *simNode {
+	x := &simNode{s: s}
 	for _, a := range addrs {
 		x.addrs = append(x.addrs, netip.MustParseAddrPort(a))
 	}
@@ -155,55 +102,34 @@ func (s *sim) after(d time.Duration, f func()) {
 // endpoints are what a node tells of itself: its own addresses, and the one that a STUN server sees.
 func (n *simNode) endpoints() []netip.AddrPort {
 	eps := append([]netip.AddrPort(nil), n.addrs...)
-	if n.nat != nil {
-		eps = append(eps, n.nat.outgoing(n.addrs[0], netip.MustParseAddrPort("9.9.9.9:3478")))
+	if ext, ok := n.s.lab.Out(n.addrs[0], netip.MustParseAddrPort("9.9.9.9:3478")); ok && ext != n.addrs[0] {
+		eps = append(eps, ext)
 	}
 	return eps
 }
 
-// udp carries a packet; f gets the receiver and the source as it sees it.
+// udp carries a packet to the peer, if it gets there; f is told the source as the peer sees it.
 func (n *simNode) udp(to netip.AddrPort, f func(src netip.AddrPort)) {
+	s, p := n.s, n.peer
 	if n.noUDP {
 		return
 	}
-	var src netip.AddrPort
 	for _, a := range n.addrs {
-		if a.Addr().Is4() == to.Addr().Is4() {
-			src = a
+		if a.Addr().Is4() != to.Addr().Is4() {
+			continue
 		}
-	}
-	if !src.IsValid() {
-		return
-	}
-	private := to.Addr().IsPrivate()
-	if n.nat != nil && !private && src.Addr().Is4() {
-		src = n.nat.outgoing(src, to)
-	}
-	d, ok := n.s.delay(src, to)
-	if !ok {
-		return
-	}
-	n.s.after(d, func() {
-		p := n.peer
-		if p.noUDP {
+		src, ok := s.lab.Out(a, to)
+		d, passes := s.delay(src, to)
+		if !ok || !passes {
 			return
 		}
-		dst := to
-		switch {
-		case private && (p.nat != n.nat):
-			return // another's private network
-		case p.nat != nil && !private && to.Addr() == p.nat.pub:
-			if dst, ok = p.nat.incoming(src, to); !ok {
-				return
-			}
-		}
-		for _, a := range p.addrs {
-			if a == dst {
+		s.after(d, func() {
+			if dst, ok := s.lab.In(src, to); ok && !p.noUDP && slices.Contains(p.addrs, dst) {
 				f(src)
-				return
 			}
-		}
-	})
+		})
+		return
+	}
 }
 
 // do carries out what the machine wants.
@@ -339,11 +265,11 @@ func (s *sim) pair(a, b *simNode) {
 func (n *simNode) direct() bool { return n.route.addr.IsValid() && n.s.now.Before(n.until) }
 
 func TestNATPairs(t *testing.T) {
-	const ei, ad, apd = endpointIndependent, addressDependent, addressAndPortDependent
+	const ei, ad, apd = natlab.EndpointIndependent, natlab.AddressDependent, natlab.AddressAndPortDependent
 	type box struct {
 		name            string
 		nat             bool
-		mapping, filter behaviour
+		mapping, filter natlab.Behaviour
 	}
 	open := box{name: "open"}
 	fullCone := box{"full cone", true, ei, ei}
@@ -377,13 +303,14 @@ func TestNATPairs(t *testing.T) {
 			}
 			t.Run(a.name+" and "+b.name, func(t *testing.T) {
 				s := newSim(t)
-				mk := func(x box, pub, priv string) *simNode {
+				mk := func(x box, pub, inside, priv string) *simNode {
 					if !x.nat {
-						return s.node(nil, pub+":41641")
+						return s.node(pub + ":41641")
 					}
-					return s.node(newNAT(pub, x.mapping, x.filter), priv+":41641")
+					s.nat(inside, pub, x.mapping, x.filter)
+					return s.node(priv + ":41641")
 				}
-				x, y := mk(a, "1.1.1.1", "10.0.0.2"), mk(b, "2.2.2.2", "192.168.0.2")
+				x, y := mk(a, "1.1.1.1", "10.0.0.0/24", "10.0.0.2"), mk(b, "2.2.2.2", "192.168.0.0/24", "192.168.0.2")
 				s.pair(x, y)
 				s.run(20*time.Second, 50*time.Millisecond)
 				if x.direct() != tt.direct || y.direct() != tt.direct {
@@ -410,11 +337,64 @@ func TestNATPairs(t *testing.T) {
 	}
 }
 
+// TestNetworksOfOneSite: pairs that share a router or a carrier.
+func TestNetworksOfOneSite(t *testing.T) {
+	const ei, apd = natlab.EndpointIndependent, natlab.AddressAndPortDependent
+	for _, tt := range []struct {
+		name   string
+		boxes  func(*sim)
+		a, b   []string
+		direct bool
+		toA    string // where b sends, if it matters
+	}{
+		{"one LAN", func(s *sim) { s.nat("10.0.0.0/24", "1.1.1.1", ei, apd) }, []string{"10.0.0.2:1"}, []string{"10.0.0.3:2"}, true, "10.0.0.2:1"},
+		{"one LAN behind a symmetric NAT", func(s *sim) { s.nat("10.0.0.0/24", "1.1.1.1", apd, apd) }, []string{"10.0.0.2:1"}, []string{"10.0.0.3:2"}, true, "10.0.0.2:1"},
+		{"two homes of one carrier, no hairpin", func(s *sim) {
+			s.nat("100.64.0.0/10", "1.1.1.1", ei, apd)
+			s.nat("10.0.0.0/24", "100.64.0.1", ei, apd)
+			s.nat("10.0.1.0/24", "100.64.0.2", ei, apd)
+		}, []string{"10.0.0.2:1"}, []string{"10.0.1.2:2"}, false, ""},
+		{"two homes of one carrier, hairpin", func(s *sim) {
+			s.lab.Add(natlab.Config{Inside: netip.MustParsePrefix("100.64.0.0/10"), Outside: netip.MustParseAddr("1.1.1.1"), Filtering: apd, Hairpin: true})
+			s.nat("10.0.0.0/24", "100.64.0.1", ei, apd)
+			s.nat("10.0.1.0/24", "100.64.0.2", ei, apd)
+		}, []string{"10.0.0.2:1"}, []string{"10.0.1.2:2"}, true, ""},
+		{"homes of two carriers", func(s *sim) {
+			s.nat("100.64.0.0/16", "1.1.1.1", ei, apd)
+			s.nat("100.65.0.0/16", "2.2.2.2", ei, apd)
+			s.nat("10.0.0.0/24", "100.64.0.1", ei, apd)
+			s.nat("10.0.1.0/24", "100.65.0.1", ei, apd)
+		}, []string{"10.0.0.2:1"}, []string{"10.0.1.2:2"}, true, ""},
+		{"symmetric NATs, but IPv6 behind firewalls", func(s *sim) {
+			s.nat("10.0.0.0/24", "1.1.1.1", apd, apd)
+			s.nat("10.0.1.0/24", "2.2.2.2", apd, apd)
+			for _, p := range []string{"2001:db8:1::/48", "2001:db8:2::/48"} {
+				s.lab.Add(natlab.Config{Inside: netip.MustParsePrefix(p), Filtering: apd})
+			}
+		}, []string{"10.0.0.2:1", "[2001:db8:1::1]:1"}, []string{"10.0.1.2:2", "[2001:db8:2::1]:2"}, true, "[2001:db8:1::1]:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSim(t)
+			tt.boxes(s)
+			x, y := s.node(tt.a...), s.node(tt.b...)
+			s.pair(x, y)
+			s.run(20*time.Second, 50*time.Millisecond)
+			if x.direct() != tt.direct || y.direct() != tt.direct {
+				t.Fatalf("direct: %v and %v, want %v", x.direct(), y.direct(), tt.direct)
+			}
+			if tt.toA != "" && y.route.addr.String() != tt.toA {
+				t.Errorf("by %v, want %s", y.route.addr, tt.toA)
+			}
+		})
+	}
+}
+
 func TestPathLossAndReturn(t *testing.T) {
 	s := newSim(t)
 	cut := false
 	s.delay = func(_, _ netip.AddrPort) (time.Duration, bool) { return 5 * time.Millisecond, !cut }
-	x, y := s.node(nil, "1.1.1.1:1"), s.node(newNAT("2.2.2.2", endpointIndependent, addressAndPortDependent), "10.0.0.2:2")
+	router := s.nat("10.0.0.0/24", "2.2.2.2", natlab.EndpointIndependent, natlab.AddressAndPortDependent)
+	x, y := s.node("1.1.1.1:1"), s.node("10.0.0.2:2")
 	s.pair(x, y)
 	s.run(5*time.Second, 20*time.Millisecond)
 	if !x.direct() || !y.direct() {
@@ -427,7 +407,7 @@ func TestPathLossAndReturn(t *testing.T) {
 		case 0:
 			cut = true
 		case 1:
-			y.nat.rebind()
+			router.Rebind()
 		}
 		s.run(10*time.Second, 20*time.Millisecond)
 		if cut && (x.direct() || y.direct()) {
@@ -449,7 +429,7 @@ func TestPathLossAndReturn(t *testing.T) {
 // TestIdleIsSilent: after traffic ends, nothing is sent and nothing wants to be woken.
 func TestIdleIsSilent(t *testing.T) {
 	s := newSim(t)
-	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	x, y := s.node("1.1.1.1:1"), s.node("2.2.2.2:2")
 	s.pair(x, y)
 	s.run(10*time.Second, 50*time.Millisecond)
 	s.run(time.Minute, 0)
@@ -476,7 +456,7 @@ func TestIdleIsSilent(t *testing.T) {
 
 func TestOneWayTraffic(t *testing.T) {
 	s := newSim(t)
-	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	x, y := s.node("1.1.1.1:1"), s.node("2.2.2.2:2")
 	s.pair(x, y)
 	for range 600 {
 		x.data()
@@ -519,7 +499,7 @@ func TestPrefersTheBetterPath(t *testing.T) {
 				}
 				return 5 * time.Millisecond, true
 			}
-			x, y := s.node(nil, tt.addrsA...), s.node(nil, tt.addrsB...)
+			x, y := s.node(tt.addrsA...), s.node(tt.addrsB...)
 			s.pair(x, y)
 			s.run(10*time.Second, 50*time.Millisecond)
 			if x.route.addr.String() != tt.wantA || y.route.addr.String() != tt.wantB {
@@ -538,7 +518,7 @@ func TestUpgradesWhenABetterPathAppears(t *testing.T) {
 		}
 		return 20 * time.Millisecond, true
 	}
-	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2", "2.2.2.2:3")
+	x, y := s.node("1.1.1.1:1"), s.node("2.2.2.2:2", "2.2.2.2:3")
 	s.pair(x, y)
 	s.run(10*time.Second, 50*time.Millisecond)
 	if x.route.addr.Port() != 2 {
@@ -553,7 +533,7 @@ func TestUpgradesWhenABetterPathAppears(t *testing.T) {
 
 func TestUserPingShowsTheDirectPath(t *testing.T) {
 	s := newSim(t)
-	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	x, y := s.node("1.1.1.1:1"), s.node("2.2.2.2:2")
 	s.pair(x, y)
 	req := &pingRequest{done: make(chan PingResult, 1)}
 	x.mc.ping(s.now, req)
@@ -575,7 +555,7 @@ func TestUserPingShowsTheDirectPath(t *testing.T) {
 
 func TestNetworkChange(t *testing.T) {
 	s := newSim(t)
-	x, y := s.node(nil, "1.1.1.1:1"), s.node(nil, "2.2.2.2:2")
+	x, y := s.node("1.1.1.1:1"), s.node("2.2.2.2:2")
 	s.pair(x, y)
 	s.run(5*time.Second, 50*time.Millisecond)
 	x.addrs = []netip.AddrPort{netip.MustParseAddrPort("3.3.3.3:3")}
@@ -650,15 +630,16 @@ func TestRandomTopologies(t *testing.T) {
 		s.delay = func(_, _ netip.AddrPort) (time.Duration, bool) {
 			return lat + time.Duration(rnd.IntN(5))*time.Millisecond, rnd.Float64() >= loss
 		}
-		mk := func(pub, priv string) (*simNode, bool) {
+		mk := func(pub, inside, priv string) (*simNode, bool) {
 			if rnd.IntN(3) == 0 {
-				return s.node(nil, pub+":41641"), true
+				return s.node(pub + ":41641"), true
 			}
-			m := behaviour(rnd.IntN(3))
-			return s.node(newNAT(pub, m, behaviour(rnd.IntN(3))), priv+":41641"), m == endpointIndependent
+			m := natlab.Behaviour(rnd.IntN(3))
+			s.nat(inside, pub, m, natlab.Behaviour(rnd.IntN(3)))
+			return s.node(priv + ":41641"), m == natlab.EndpointIndependent
 		}
-		x, punchX := mk("1.1.1.1", "10.0.0.2")
-		y, punchY := mk("2.2.2.2", "192.168.0.2")
+		x, punchX := mk("1.1.1.1", "10.0.0.0/24", "10.0.0.2")
+		y, punchY := mk("2.2.2.2", "192.168.0.0/24", "192.168.0.2")
 		x.noUDP, y.noUDP = rnd.IntN(10) == 0, rnd.IntN(10) == 0
 		s.pair(x, y)
 		s.run(30*time.Second, 100*time.Millisecond)
