@@ -73,21 +73,24 @@ func (p *Peer) wantsRekey(s *session, now int64) bool {
 // flush sends what was staged, or else, if probe, an empty message.
 func (p *Peer) flush(now int64, probe bool) {
 	p.sendMu.Lock()
-	defer p.sendMu.Unlock()
 	s := p.usable(now)
 	if s == nil {
+		p.sendMu.Unlock()
 		return
 	}
-	defer s.release()
 	if p.staged.Load() > 0 {
 		p.seal(s, p.dev.stage.take(p), now)
-		return
-	}
-	if probe {
+	} else if probe {
 		var msg [sizeKeepalive]byte
 		sealAt(msg[:], s, 0)
 		p.sent(now, sizeKeepalive)
 		p.conduit.Send(msg[:], sizeKeepalive)
+	}
+	rekey := p.wantsRekey(s, now)
+	s.release()
+	p.sendMu.Unlock()
+	if rekey {
+		p.handshake(now, true)
 	}
 }
 

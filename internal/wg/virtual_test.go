@@ -354,20 +354,57 @@ func TestPersistentKeepalive(t *testing.T) {
 	})
 }
 
-// TestListenerRenews: a side that only listens renews the session it initiated.
+// TestListenerRenews: a side that only listens renews the session it initiated, with its
+// keepalives after 120 seconds, or on receipt in the last 15.
 func TestListenerRenews(t *testing.T) {
-	inBubble(t, func(t *testing.T, l *lossy) {
-		a, b := l.ends[0], l.ends[1]
-		a.send(0)
-		settle()
-		const n = 400
-		for i := range uint32(n) {
-			b.send(i + 1)
-			time.Sleep(time.Second)
+	count := func(l *lossy) *[2]int {
+		n := new([2]int)
+		l.seen = func(to int, m []byte) {
+			if m[0] == typeInitiation {
+				n[1-to]++
+			}
 		}
-		if c := a.count(1, n); c != n {
-			t.Errorf("%d of %d came", c, n)
-		}
+		return n
+	}
+	t.Run("keepalives", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *lossy) {
+			inits := count(l)
+			a, b := l.ends[0], l.ends[1]
+			a.send(0)
+			settle()
+			const n = 400
+			for i := range uint32(n) {
+				b.send(i + 1)
+				time.Sleep(time.Second)
+			}
+			synctest.Wait()
+			if c := a.count(1, n); c != n {
+				t.Errorf("%d of %d came", c, n)
+			}
+			if *inits != [2]int{4, 0} {
+				t.Errorf("initiations: %v", *inits)
+			}
+		})
+	})
+	t.Run("late", func(t *testing.T) {
+		inBubble(t, func(t *testing.T, l *lossy) {
+			inits := count(l)
+			a, b := l.ends[0], l.ends[1]
+			a.send(0)
+			settle()
+			time.Sleep(164 * time.Second)
+			b.send(1)
+			settle()
+			if *inits != [2]int{1, 0} {
+				t.Errorf("initiations before the last 15 seconds: %v", *inits)
+			}
+			time.Sleep(2 * time.Second)
+			b.send(2)
+			settle()
+			if *inits != [2]int{2, 0} || a.count(1, 2) != 2 {
+				t.Errorf("initiations in the last 15 seconds: %v", *inits)
+			}
+		})
 	})
 }
 
