@@ -152,6 +152,7 @@ func targetOf(o *Options, n *tailcfg.DERPNode) (t target) {
 				t.port = v
 			}
 		}
+		t.host = strings.Trim(t.host, "[]")
 	} else if t.plain {
 		t.port = plainPort
 	}

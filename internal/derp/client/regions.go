@@ -106,6 +106,12 @@ func NewRegions(cfg RegionsConfig) *Regions {
 	return rs
 }
 
+func newRegion(rs *Regions, id int) *region {
+	r := &region{id: id, out: newOutbox(), nudge: make(chan struct{}, 1)}
+	r.ctx, r.cancel = context.WithCancelCause(rs.ctx)
+	return r
+}
+
 // SetMap replaces the DERP map. Connections to regions or relays that are no longer in it
 // are closed; those to relays that are still there live on. m must not be changed afterwards.
 func (rs *Regions) SetMap(m *tailcfg.DERPMap) {
@@ -123,8 +129,7 @@ func (rs *Regions) SetMap(m *tailcfg.DERPMap) {
 			}
 			r := old[id]
 			if r == nil {
-				r = &region{id: id, out: newOutbox(), nudge: make(chan struct{}, 1)}
-				r.ctx, r.cancel = context.WithCancelCause(rs.ctx)
+				r = newRegion(rs, id)
 			}
 			if r.def != nil && !reflect.DeepEqual(r.def, def) {
 				r.fails, r.notBy = 0, time.Time{}
