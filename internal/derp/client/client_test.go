@@ -321,6 +321,7 @@ func TestSilentRelay(t *testing.T) {
 		if !errors.Is(e.err, ErrTimeout) {
 			t.Errorf("got %v", e.err)
 		}
+		synctest.Wait() // for asked
 		if d := time.Since(start); asked.Sub(start) != silence || d != silence+answerTime {
 			t.Errorf("asked after %v, gave up after %v", asked.Sub(start), d)
 		}
@@ -350,6 +351,7 @@ func TestKeepAlivesKeepAlive(t *testing.T) {
 		rs.SetHome(1)
 		l.want(t, "up", 1)
 		time.Sleep(20 * time.Minute)
+		synctest.Wait() // for pings
 		if n := len(w.dialTimes("one")); n != 1 || pings != 1 {
 			t.Errorf("%d connections, %d pings", n, pings)
 		}
@@ -448,6 +450,7 @@ func TestRateLimitIsKept(t *testing.T) {
 			}
 			time.Sleep(10 * time.Millisecond)
 		}
+		synctest.Wait() // for got
 		if got < 1_100_000 || got > 1_210_000 || limited < 870 {
 			t.Errorf("sent %d bytes in 10 s, %d packets refused", got, limited)
 		}
