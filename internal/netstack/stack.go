@@ -101,6 +101,8 @@ type Stack struct {
 	link   *link
 	budget budget
 
+	flusher flusher
+
 	addrMu sync.Mutex // serialises SetAddresses
 	addrs  map[netip.Addr]bool
 
@@ -255,6 +257,7 @@ func (s *Stack) Close() {
 	for k := range socks {
 		k.abort()
 	}
+	s.flusher.close()
 	s.endForwarding()
 	s.gv.Close() // half-open connections and those that linger after their Close
 	s.gv.Wait()

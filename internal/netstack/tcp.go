@@ -106,10 +106,19 @@ type conn struct {
 	copied int               // read since the stack was told
 	rgrow  grower
 
-	wr      side
-	src     bytes.Reader // argument of ep.Write
-	written int          // since wgrow was told
-	wgrow   grower
+	wr side
+
+	sm       sync.Mutex   // held across each ep.Write, never while waiting; guards the following
+	src      bytes.Reader // argument of ep.Write
+	written  int          // since wgrow was told
+	wgrow    grower
+	buf      *[gatherMax + smallWrite]byte
+	pend     []byte // of buf: gathered and not yet passed to the stack
+	tight    bool   // the stack did not have room for everything
+	failed   bool   // nothing more can be sent
+	lastSend time.Time
+
+	waiting atomic.Bool // buf is not nil
 }
 
 // moderateEvery is how many bytes are read, or written, before the size of the buffer is reconsidered: it takes locks
@@ -146,6 +155,7 @@ func (c *conn) Read(b []byte) (int, error) {
 		if err != errWouldBlock {
 			return n, err
 		}
+		c.flush()
 		<-c.rd.ready
 	}
 }
@@ -205,14 +215,11 @@ func (c *conn) Write(b []byte) (int, error) {
 		if done == len(b) {
 			return done, nil
 		}
-		c.src.Reset(b[done:])
-		n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})
-		c.src.Reset(nil)
-		done += int(n)
-		if c.written += int(n); c.written >= moderateEvery {
-			c.written = 0
-			c.wgrow.sent()
+		if done == 0 && c.gather(b) {
+			return len(b), nil
 		}
+		n, err := c.push(b[done:])
+		done += n
 		switch err.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
@@ -252,6 +259,7 @@ func (c *conn) passOn(w io.Writer) (int, error) {
 			break
 		}
 		copyBuffers.Put(b)
+		c.flush()
 		<-c.rd.ready
 	}
 	c.rd.mu.Unlock()
@@ -274,6 +282,10 @@ func (c *conn) Close() error {
 	if !c.finish() {
 		return c.fail("close", net.ErrClosed)
 	}
+	c.sm.Lock()
+	c.flushLocked()
+	c.failed = true
+	c.sm.Unlock()
 	orphan := tcpip.TCPUserTimeoutOption(orphanTTL)
 	c.ep.SetSockOpt(&orphan)
 	c.ep.Close()
@@ -286,6 +298,7 @@ func (c *conn) abort() {
 	if c.finish() {
 		c.ep.Abort()
 		c.wake()
+		c.flush() // fails, and gives the buffer back
 	}
 }
 
@@ -317,6 +330,12 @@ func (c *conn) CloseRead() error { return c.shutdown(tcpip.ShutdownRead) }
 func (c *conn) shutdown(how tcpip.ShutdownFlags) error {
 	if c.closed.Load() {
 		return c.fail("close", net.ErrClosed)
+	}
+	if how&tcpip.ShutdownWrite != 0 {
+		c.sm.Lock()
+		c.flushLocked()
+		c.failed = true
+		c.sm.Unlock()
 	}
 	if err := c.ep.Shutdown(how); err != nil {
 		return c.fail("close", sysError(err, c.closed.Load()))

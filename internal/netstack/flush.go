@@ -1,0 +1,161 @@
+package netstack
+
+import (
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+)
+
+// Small writes in a burst are gathered. Carried through to the socket one by one they would cost a packet each: the
+// stack, the seal and the system call. So a small write goes straight out only if the connection has sent nothing for
+// burst; otherwise it joins those that wait, which leave when there are gatherMax bytes of them, when the application
+// begins to wait for an answer (Read), closes, or writes something larger, and at the latest when the flusher's
+// goroutine gets to run, which is microseconds later. Nothing waits for an acknowledgement, as it would with Nagle's
+// algorithm.
+const (
+	burst      = 30 * time.Microsecond
+	smallWrite = 4 << 10
+	gatherMax  = 16 << 10
+)
+
+// flusher is the goroutine that sends what connections of one Stack have gathered. It starts with the first of them.
+type flusher struct {
+	mu      sync.Mutex
+	cond    sync.Cond
+	list    []*conn
+	started bool
+	closed  bool
+	wg      sync.WaitGroup
+}
+
+// add queues c, or reports that it is too late.
+func (f *flusher) add(c *conn) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return false
+	}
+	if !f.started {
+		f.started = true
+		f.cond.L = &f.mu
+		f.wg.Go(f.run)
+	}
+	f.list = append(f.list, c)
+	f.cond.Signal()
+	return true
+}
+
+func (f *flusher) run() {
+	var list []*conn
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for {
+		for len(f.list) == 0 {
+			if f.closed {
+				return
+			}
+			f.cond.Wait()
+		}
+		list, f.list = f.list, list[:0]
+		f.mu.Unlock()
+		for i, c := range list {
+			c.flush()
+			list[i] = nil
+		}
+		f.mu.Lock()
+	}
+}
+
+// close ends the goroutine, with nothing left to send.
+func (f *flusher) close() {
+	f.mu.Lock()
+	f.closed = true
+	if f.started {
+		f.cond.Signal()
+	}
+	f.mu.Unlock()
+	f.wg.Wait()
+}
+
+// gather keeps b for later, or reports that it should be sent now.
+func (c *conn) gather(b []byte) bool {
+	if len(b) > smallWrite {
+		return false
+	}
+	c.sm.Lock()
+	defer c.sm.Unlock()
+	if c.failed || c.tight || len(c.pend) == 0 && time.Since(c.lastSend) >= burst {
+		return false
+	}
+	if c.buf == nil {
+		if !c.s.flusher.add(c) {
+			return false
+		}
+		c.buf = gatherBuffers.Get().(*[gatherMax + smallWrite]byte)
+		c.pend = c.buf[:0]
+		c.waiting.Store(true)
+	}
+	c.pend = append(c.pend, b...)
+	if len(c.pend) >= gatherMax {
+		c.flushLocked()
+		c.wgrow.sent()
+	}
+	return true
+}
+
+var gatherBuffers = sync.Pool{New: func() any { return new([gatherMax + smallWrite]byte) }}
+
+// flush sends what was gathered.
+func (c *conn) flush() {
+	if c.waiting.Load() {
+		c.sm.Lock()
+		c.flushLocked()
+		c.sm.Unlock()
+	}
+}
+
+// flushLocked passes what was gathered to the stack. Write has returned, and Close may follow, so the stack has to take
+// it all: if its send buffer is full, the buffer is stretched for the moment. That happens once, for then tight keeps
+// the connection from gathering until a Write has found room in the regular way.
+func (c *conn) flushLocked() {
+	if c.buf == nil {
+		return
+	}
+	n, err := c.pushLocked(c.pend)
+	if _, full := err.(*tcpip.ErrWouldBlock); full || err == nil && n < len(c.pend) {
+		size := c.wgrow.size()
+		c.wgrow.setSize(size + 2*c.wgrow.b.max)
+		_, err = c.pushLocked(c.pend[n:])
+		c.wgrow.setSize(size)
+		c.tight = true
+	}
+	if err != nil {
+		c.failed = true // the next Write meets the same error
+	}
+	gatherBuffers.Put(c.buf)
+	c.buf, c.pend = nil, nil
+	c.waiting.Store(false)
+}
+
+// push passes b to the stack, as much as it takes, after what was gathered. It does not block.
+func (c *conn) push(b []byte) (int, tcpip.Error) {
+	c.sm.Lock()
+	defer c.sm.Unlock()
+	c.flushLocked()
+	n, err := c.pushLocked(b)
+	c.tight = err != nil || n < len(b)
+	if c.written += n; c.written >= moderateEvery {
+		c.written = 0
+		c.wgrow.sent()
+	}
+	return n, err
+}
+
+func (c *conn) pushLocked(b []byte) (int, tcpip.Error) {
+	c.src.Reset(b)
+	n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})
+	c.src.Reset(nil)
+	c.lastSend = time.Now()
+	return int(n), err
+}
