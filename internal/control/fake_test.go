@@ -215,7 +215,8 @@ func (f *fake) serveInner(w http.ResponseWriter, r *http.Request) {
 	case "/machine/register":
 		var req tailcfg.RegisterRequest
 		if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
-			f.t.Error(err)
+			http.Error(w, err.Error(), 400) // the client went away
+			return
 		}
 		f.mu.Lock()
 		f.regs = append(f.regs, &req)
@@ -234,7 +235,8 @@ func (f *fake) serveInner(w http.ResponseWriter, r *http.Request) {
 	case "/machine/map":
 		var req tailcfg.MapRequest
 		if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
-			f.t.Error(err)
+			http.Error(w, err.Error(), 400) // the client went away
+			return
 		}
 		if !req.Stream {
 			f.mu.Lock()

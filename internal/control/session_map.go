@@ -21,6 +21,10 @@ const (
 	updateBurst = 6
 )
 
+// sane is a time that has passed wherever this program runs. A server's clock that is behind it
+// says nothing.
+var sane = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
 // mapRequest returns the request that says what the node is now.
 func (s *Session) mapRequest() *tailcfg.MapRequest {
 	s.mu.Lock()
@@ -95,7 +99,7 @@ func (s *Session) stream(bo *backoff) error {
 
 // aside does what a frame asks of the session itself.
 func (s *Session) aside(ctx context.Context, m *tailcfg.MapResponse) error {
-	if t := m.ControlTime; t != nil && !t.IsZero() {
+	if t := m.ControlTime; t != nil && t.After(sane) {
 		s.skew.Store(int64(time.Until(*t)))
 	}
 	if m.ControlDialPlan != nil {

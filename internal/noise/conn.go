@@ -298,6 +298,9 @@ func ClientDeferred(machine key.MachinePrivate, control key.MachinePublic, versi
 // Over reads the server's answer from conn and completes the handshake. It blocks until
 // then or until ctx ends.
 func (i *Initiator) Over(ctx context.Context, conn net.Conn) (*Conn, error) {
+	if i.done {
+		return nil, ErrState
+	}
 	var ses Session
 	err := under(ctx, conn, func() error {
 		var resp [ResponseSize]byte
