@@ -244,6 +244,7 @@ func (s *Server) Close() error {
 	s.closing = make(chan struct{})
 	s.closed = true
 	n, release := s.node, s.release
+	s.node, s.release = nil, nil // a closed Server that is kept holds nothing
 	s.mu.Unlock()
 	defer close(s.closing)
 	if n != nil {
