@@ -101,9 +101,9 @@ func (p *Peer) SetPresharedKey(psk [32]byte) {
 
 // SetPersistentKeepalive makes the peer send something at least once in the given time, with a
 // handshake if need be; 0, the default, turns that off. A tailnet keeps its paths open by
-// other means.
+// other means. Times beyond a day are a day.
 func (p *Peer) SetPersistentKeepalive(d time.Duration) {
-	p.keepalive.Store(int64(max(d, 0)))
+	p.keepalive.Store(int64(min(max(d, 0), 24*time.Hour)))
 	if d > 0 {
 		p.dev.sched.wakeBy(p, p.dev.now())
 	}
