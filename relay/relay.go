@@ -213,7 +213,8 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	s.started = true
 	s.wg.Go(func() {
 		defer close(s.done)
-		if err := s.http.Serve(listen); !errors.Is(err, http.ErrServerClosed) {
+		// Shutdown closes the listener itself, for http must go on until clients are told.
+		if err := s.http.Serve(listen); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			s.mu.Lock()
 			s.serveErr = fmt.Errorf("relay: %w", err)
 			s.mu.Unlock()

@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -193,6 +192,9 @@ func (c *Conn) Serve(h Handler) error {
 	c.out.attach()
 	writer.Go(func() {
 		if err := c.write(stop); err != nil {
+			if !c.ready.Load() { // the refusal can be noticed here first
+				err = fmt.Errorf("%w: %w", ErrNotAdmitted, err)
+			}
 			c.shut(err)
 		}
 	})
@@ -281,7 +283,7 @@ func (c *Conn) read(h Handler) error {
 		t, p, err := c.rd.Next()
 		switch {
 		case err == nil:
-		case !c.ready.Load() && errors.Is(err, io.EOF):
+		case !c.ready.Load() && !errors.Is(err, derp.ErrTooLarge):
 			return fmt.Errorf("%w: %w", ErrNotAdmitted, err)
 		default:
 			return fmt.Errorf("derp/client: read: %w", err)
