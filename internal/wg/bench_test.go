@@ -13,7 +13,7 @@ type nowhere struct{}
 
 func (nowhere) Send([]byte, int) error { return nil }
 
-// stream is a Source that yields the same packet n times without copying more than once per place.
+// stream is a Source that yields the same packet left times.
 type stream struct {
 	pkt  []byte
 	left int
@@ -173,6 +173,20 @@ func BenchmarkHandshake(b *testing.B) {
 		y.dev.gate.free = 0
 		x.peer.nextInit.Store(0)
 		connect(b, x, y)
+	}
+}
+
+// BenchmarkFlood is what a forged initiation with a good MAC1 costs, in a flood of them.
+func BenchmarkFlood(b *testing.B) {
+	d := newDevice(b, nil)
+	reply := &sourced{src: "192.0.2.1:7"}
+	msg := make([]byte, sizeInitiation)
+	msg[0] = typeInitiation
+	pub := d.Public().Raw()
+	putMACs(msg, &pub, nil)
+	for b.Loop() {
+		d.Receive(nil, msg, reply)
+		reply.take()
 	}
 }
 

@@ -53,8 +53,8 @@ type gate struct {
 	loadUntil             int64
 	sources               *[sourceBuckets]rate
 	seed                  maphash.Seed
-	alwaysLoad            bool // tests
-	worked, cookies, shed uint64
+	alwaysLoad            bool   // tests
+	worked, cookies, shed uint64 // for DeviceStats
 }
 
 // admit is asked for every message. Only under load it asks for the message's source, and then

@@ -280,6 +280,9 @@ func TestCookieUnderLoad(t *testing.T) {
 	if !b.peer.HasSession() {
 		t.Error("no session")
 	}
+	if s := b.dev.Stats(); s != (DeviceStats{Peers: 1, Sessions: 1, Handshakes: 1, Cookies: 3}) {
+		t.Errorf("%+v", s)
+	}
 }
 
 func TestHandshakedHook(t *testing.T) {

@@ -273,6 +273,32 @@ func (d *Device) Peer(pub key.NodePublic) *Peer {
 	return d.peers[pub]
 }
 
+// DeviceStats are a device's counters.
+type DeviceStats struct {
+	Peers, Sessions int
+	StagedBytes     int    // plaintext that waits for handshakes
+	Handshakes      uint64 // initiations from others that were worked on, good or not
+	Cookies         uint64 // initiations answered with a cookie
+	Shed            uint64 // initiations dropped unread, for want of time
+}
+
+// Stats returns the device's counters.
+func (d *Device) Stats() (s DeviceStats) {
+	d.peersMu.RLock()
+	s.Peers = len(d.peers)
+	d.peersMu.RUnlock()
+	d.table.mu.Lock()
+	s.Sessions = d.table.live
+	d.table.mu.Unlock()
+	d.stage.mu.Lock()
+	s.StagedBytes = d.stage.bytes
+	d.stage.mu.Unlock()
+	d.gate.mu.Lock()
+	s.Handshakes, s.Cookies, s.Shed = d.gate.worked, d.gate.cookies, d.gate.shed
+	d.gate.mu.Unlock()
+	return s
+}
+
 // Close removes all peers, wipes their keys and stops the timer. It waits for the timer's work
 // to end, but not for calls of Send and Receive that run: those end by themselves. It may be
 // called more than once, but not by a Conduit or a Source.
