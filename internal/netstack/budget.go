@@ -29,7 +29,7 @@ const (
 
 // budget is the node's ceiling for TCP buffers.
 //
-// Each connection starts with small buffers. The receive buffer doubles while the application reads a good part of the
+// Each connection starts with small buffers. The receive buffer doubles while the application reads a fair part of the
 // window within a round trip (gVisor's own way of growing it cannot be stopped at a size of our choice before the
 // larger window is advertised). The send buffer is grown by gVisor with the congestion window, and trimmed here. Left
 // alone, both grow on any fast path until some queue overflows, for the queue that they fill lengthens the round trip.
@@ -109,7 +109,9 @@ func (g *grower) received(n int) {
 	rate := float64(g.sum) * float64(rtt) / float64(elapsed) // bytes per round trip
 	g.since, g.sum = now, 0
 	size := g.size()
-	if rate > float64(size/4) { // half of the window
+	// An eighth of the window is enough to ask for more: the least round trip is shorter than one under load, and the
+	// limits see to the rest.
+	if rate > float64(size/16) {
 		size *= 2
 	}
 	g.settle(size)

@@ -89,12 +89,13 @@ func (c *conn) gather(b []byte) bool {
 		return false
 	}
 	if c.buf == nil {
+		c.waiting.Store(true) // before the flusher looks
 		if !c.s.flusher.add(c) {
+			c.waiting.Store(false)
 			return false
 		}
 		c.buf = gatherBuffers.Get().(*[gatherMax + smallWrite]byte)
 		c.pend = c.buf[:0]
-		c.waiting.Store(true)
 	}
 	c.pend = append(c.pend, b...)
 	if len(c.pend) >= gatherMax {

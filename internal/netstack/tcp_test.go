@@ -530,7 +530,7 @@ func TestCloseMany(t *testing.T) {
 			t.Fatalf("reader: %v", err)
 		}
 	}
-	if took > 2*time.Second { // 30 to 150 ms are usual; the bound leaves room for a busy machine
+	if took > 20*time.Second { // 30 to 150 ms are usual; the bound is for a busy machine and the race detector
 		t.Errorf("Close took %v", took)
 	}
 	if e, k := len(p.b.gv.RegisteredEndpoints()), len(p.b.gv.CleanupEndpoints()); e+k != 0 {
@@ -666,7 +666,7 @@ func TestCloseDuringFallback(t *testing.T) {
 	}
 	start := time.Now()
 	s.Close()
-	if took := time.Since(start); took > 5*time.Second {
+	if took := time.Since(start); took > 20*time.Second {
 		t.Errorf("Close took %v", took)
 	}
 	close(answer)
