@@ -149,6 +149,20 @@ func TestPlanIncremental(t *testing.T) {
 	}
 }
 
+func TestPlanIsBounded(t *testing.T) {
+	dm := derpMap()
+	for id := 1; id <= 5000; id++ {
+		dm.Regions[id] = region(id)
+	}
+	regions := map[int]bool{}
+	for _, p := range Plan(dm, 4000, nil, time.Now(), true, true) {
+		regions[p.Region] = true
+	}
+	if len(regions) != maxRegions || !regions[4000] {
+		t.Errorf("%d regions, with home %v", len(regions), regions[4000])
+	}
+}
+
 // bed is a network with relays for the regions, each at its own distance.
 type bed struct {
 	net  *memnet.Network

@@ -25,6 +25,9 @@ const (
 	// A region takes the home's place only if it is better by both.
 	minGain      = 10 * time.Millisecond
 	minGainRatio = 2.0 / 3
+	// maxRegions bounds the regions that are probed, whatever the map holds, and maxNodes those of each.
+	maxRegions = 128
+	maxNodes   = 8
 	// slack is the least time that other regions get after the first answer.
 	slack = 10 * time.Millisecond
 )
@@ -72,6 +75,13 @@ func Plan(dm *tailcfg.DERPMap, home int, last *Report, now time.Time, v4, v6 boo
 	if last != nil && now.Sub(last.Time) < historyAge && len(last.Latency) > 0 {
 		regions = fastest(regions, home, last)
 	}
+	if len(regions) > maxRegions {
+		i := slices.IndexFunc(regions, func(r *tailcfg.DERPRegion) bool { return r.RegionID == home })
+		if i >= maxRegions {
+			regions[maxRegions-1] = regions[i]
+		}
+		regions = regions[:maxRegions]
+	}
 	var plan []Probe
 	for _, r := range regions {
 		var stun, relays []*tailcfg.DERPNode
@@ -79,10 +89,10 @@ func Plan(dm *tailcfg.DERPMap, home int, last *Report, now time.Time, v4, v6 boo
 			if n == nil {
 				continue
 			}
-			if n.STUNPort >= 0 {
+			if n.STUNPort >= 0 && n.STUNPort <= math.MaxUint16 && len(stun) < maxNodes {
 				stun = append(stun, n)
 			}
-			if !n.STUNOnly {
+			if !n.STUNOnly && n.DERPPort >= 0 && n.DERPPort <= math.MaxUint16 && len(relays) < maxNodes {
 				relays = append(relays, n)
 			}
 		}

@@ -103,7 +103,7 @@ func TestGoldenVectorsAreUpstreams(t *testing.T) {
 
 func TestSealing(t *testing.T) {
 	them, us := tkey.NewDisco(), key.NewDisco()
-	theirPub := key.DiscoPublicFromRaw(them.Public().Raw32())
+	theirPub := key.DiscoPublicFromRaw([32]byte(them.Public().AppendTo(nil)))
 	ourPub := us.Public().Raw()
 	theirShared := them.Shared(tkey.DiscoPublicFromRaw32(mem.B(ourPub[:])))
 	ourShared := us.Shared(theirPub)

@@ -117,9 +117,9 @@ func TestDiscoPingBothWays(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer h.m.Close()
-	theirs := key.NodePublicFromRaw(theirNode.Public().Raw32())
+	theirs := key.NodePublicFromRaw([32]byte(theirNode.Public().AppendTo(nil)))
 	theirDisco := conn.DiscoPublicKey()
-	h.m.UpsertPeer(path.PeerInfo{Key: theirs, Disco: key.DiscoPublicFromRaw(theirDisco.Raw32()), HomeRegion: 1})
+	h.m.UpsertPeer(path.PeerInfo{Key: theirs, Disco: key.DiscoPublicFromRaw([32]byte(theirDisco.AppendTo(nil))), HomeRegion: 1})
 	regions.SetMap(&tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {RegionID: 1, Nodes: []*tailcfg.DERPNode{{
 		Name: "1a", RegionID: 1, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none", DERPPort: port, STUNPort: -1, InsecureForTests: true,
 	}}}}})
