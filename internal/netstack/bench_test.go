@@ -9,10 +9,8 @@ import (
 	"testing"
 )
 
-// direct is an Output that splits each packet into a scratch buffer and commits the pieces to the other stack's Inbox
-// at once, as a tunnel without cipher and socket would: the cost of this package and of gVisor alone. Each direction
-// has a lock, and packets that come while it is held are left to the holder, so that two stacks answering each other
-// cannot wait for each other.
+// direct is an Output that splits each packet into one large buffer, from which the other stack's receive loop copies
+// into its Inbox: a tunnel without cipher and socket, for the cost of this package and of gVisor alone.
 type direct struct {
 	mu    sync.Mutex
 	queue []byte // whole packets, back to back

@@ -27,6 +27,9 @@ func TestSmallWrites(t *testing.T) {
 			go func() {
 				var got bytes.Buffer
 				b := make([]byte, 3000)
+				if seed%2 == 1 {
+					b = b[:60] // slow, so that the sender's buffer fills
+				}
 				for {
 					n, err := d.Read(b)
 					got.Write(b[:n])
@@ -36,9 +39,6 @@ func TestSmallWrites(t *testing.T) {
 						}
 						done <- got.Bytes()
 						return
-					}
-					if seed%2 == 1 && got.Len() < 1<<20 {
-						time.Sleep(10 * time.Microsecond) // a slow reader, so that the sender's buffer fills
 					}
 				}
 			}()

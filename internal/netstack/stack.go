@@ -6,8 +6,11 @@
 // they reach the stack, whose cost is per packet and not per byte. Nothing is queued between the stack and Output.
 //
 // The package decides nothing about security: what may come in or go out is settled before [Inbox.Commit] and in
-// [Output]. It starts GOMAXPROCS goroutines (gVisor's TCP workers) per [Stack] and, with [Stack.SetFallbackTCP],
-// one for each handler that runs.
+// [Output].
+//
+// A [Stack] has GOMAXPROCS goroutines (gVisor's TCP workers), one more from the first burst of small writes on, and,
+// with [Stack.SetFallbackTCP], one for each handler that runs. gVisor's workers sleep in a way that testing/synctest
+// does not take for durably blocked, so virtual time stands still in a bubble with a Stack in it.
 package netstack
 
 import (
