@@ -24,7 +24,7 @@ type Peer struct {
 	rxBytes    atomic.Uint64
 	txBytes    atomic.Uint64
 	lastRx     atomic.Int64 // when the last authentic message came
-	lastTx     atomic.Int64 // when the last message but an initiation's retry left
+	lastTx     atomic.Int64 // when the last message left
 	owed       atomic.Int64 // since when the other end has waited for any answer to data; 0: it does not
 	unanswered atomic.Int64 // since when data of ours has had no answer at all; 0: it has
 	nextInit   atomic.Int64 // no initiation before then
