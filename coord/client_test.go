@@ -222,6 +222,15 @@ func (p *peerNode) stream() *session {
 var zdec, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0))
 
 func readFrame(r io.Reader, compress bool) (*tailcfg.MapResponse, error) {
+	b, err := readBody(r, compress)
+	if err != nil {
+		return nil, err
+	}
+	m := new(tailcfg.MapResponse)
+	return m, json.Unmarshal(b, m)
+}
+
+func readBody(r io.Reader, compress bool) ([]byte, error) {
 	var hdr [4]byte
 	if _, err := io.ReadFull(r, hdr[:]); err != nil {
 		return nil, err
@@ -236,8 +245,7 @@ func readFrame(r io.Reader, compress bool) (*tailcfg.MapResponse, error) {
 			return nil, err
 		}
 	}
-	m := new(tailcfg.MapResponse)
-	return m, json.Unmarshal(b, m)
+	return b, nil
 }
 
 // next takes in one message.

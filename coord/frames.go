@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"encoding/json"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -233,7 +234,14 @@ func (f *frame) orNil() *frame {
 // globals puts into m what changed since from and concerns all nodes.
 func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named bool) {
 	if t.derpSeq > from {
-		m.DERPMap = t.derp
+		dm := *t.derp
+		dm.Regions = maps.Clone(t.derp.Regions)
+		for id := range t.derpGone {
+			if dm.Regions[id] == nil {
+				dm.Regions[id] = nil // in a delta: take it out
+			}
+		}
+		m.DERPMap = &dm
 	}
 	if t.ruleSeq > from {
 		t.setRules(m, n, named)

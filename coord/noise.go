@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/key"
@@ -88,6 +89,17 @@ func (s *Server) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "want HTTP/1.1", http.StatusBadRequest)
 		return
 	}
+	if s.noise.open.Add(1) > maxChannels {
+		s.noise.open.Add(-1)
+		http.Error(w, "too many connections", http.StatusServiceUnavailable)
+		return
+	}
+	handed := false
+	defer func() {
+		if !handed {
+			s.noise.open.Add(-1)
+		}
+	}()
 	w.Header().Set("Upgrade", upgradeProtocol)
 	w.Header().Set("Connection", "upgrade")
 	w.WriteHeader(http.StatusSwitchingProtocols)
@@ -118,7 +130,7 @@ func (s *Server) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	conn.SetDeadline(time.Time{})
-	s.noise.hand(nc)
+	handed = s.noise.hand(nc)
 }
 
 // bufferedConn reads first what the HTTP server had read ahead.
@@ -142,7 +154,11 @@ type noiseServer struct {
 	closed    chan struct{}
 	once      sync.Once
 	challenge key.ChallengePublic
+	open      atomic.Int64 // channels
 }
+
+// maxChannels bounds the Noise channels open at a time: anybody can open one.
+const maxChannels = 20_000
 
 type machineKey struct{}
 
@@ -167,7 +183,12 @@ func newNoiseServer(s *Server) *noiseServer {
 		IdleTimeout:       5 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return s.ctx },
+		ConnState: func(_ net.Conn, st http.ConnState) {
+			if st == http.StateClosed {
+				n.open.Add(-1)
+			}
+		},
+		BaseContext: func(net.Listener) context.Context { return s.ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if nc, ok := c.(*noise.Conn); ok {
 				return context.WithValue(ctx, machineKey{}, nc.Peer())
@@ -187,12 +208,15 @@ func (n *noiseServer) close() {
 	n.hs.Close()
 }
 
-// hand gives a channel to the server, which owns it from then on.
-func (n *noiseServer) hand(c net.Conn) {
+// hand gives a channel to the server, which owns it from then on. It closes the channel and returns false
+// if the server has been closed.
+func (n *noiseServer) hand(c net.Conn) bool {
 	select {
 	case n.conns <- c:
+		return true
 	case <-n.closed:
 		c.Close()
+		return false
 	}
 }
 

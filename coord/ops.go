@@ -358,9 +358,7 @@ func (s *Server) SetRelays(regions []Region) error {
 	defer s.mu.Unlock()
 	t := s.net
 	for id := range t.derp.Regions {
-		if dm.Regions[id] == nil {
-			dm.Regions[id] = nil // in a delta: it is gone
-		}
+		t.derpGone[id] = true
 	}
 	t.seq++
 	t.derp, t.derpSeq = dm, t.seq

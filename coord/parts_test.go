@@ -316,3 +316,55 @@ func TestForgottenRemovals(t *testing.T) {
 		t.Errorf("%d removals are kept", len(s.net.removed))
 	}
 }
+
+func TestParseDERPMap(t *testing.T) {
+	r, err := ParseDERPMap([]byte(`{"Regions":{"2":{"RegionID":2,"RegionCode":"b","Nodes":[{"Name":"2a","HostName":"h","CertName":"sha256-raw:00","DERPPort":8443}]},"1":{"RegionID":1},"3":null}}`))
+	if err != nil || len(r) != 2 || r[0].ID != 1 || r[1].Nodes[0].DERPPort != 8443 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	for _, bad := range []string{"", "[]", `{"Regions":{"0":{}}}`, `{"Regions":{"1":{"Nodes":[{}]}}}`} {
+		if _, err := ParseDERPMap([]byte(bad)); err == nil {
+			t.Errorf("%q: no error", bad)
+		}
+	}
+}
+
+// TestLoginFlood fills the list of waiting logins from one address.
+func TestLoginFlood(t *testing.T) {
+	s := startServer(t, &Server{})
+	p := newPeer(t, s, "p")
+	refused := ""
+	for range maxLoginsFrom + 1 {
+		refused = p.register(tailcfg.RegisterRequest{NodeKey: key.NewNode().Public()}).Error
+	}
+	if !strings.Contains(refused, "too many logins") {
+		t.Errorf("Error = %q", refused)
+	}
+}
+
+// TestChannelsAreCounted opens and closes channels; none stays in the count.
+func TestChannelsAreCounted(t *testing.T) {
+	s := &Server{}
+	must(t, s.Start(t.Context()))
+	k := newKey(t, s, AuthKeyOptions{Reusable: true})
+	for range 3 {
+		newPeer(t, s, "p").join(k)
+	}
+	if n := s.noise.open.Load(); n != 3 {
+		t.Errorf("%d channels are open, want 3", n)
+	}
+	p := newPeer(t, s, "p")
+	p.s = &Server{base: s.base, net: newTailnet()}
+	p.s.net.srv.Key = key.NewMachine()
+	p.registerRaw(tailcfg.RegisterRequest{}) // a handshake that fails
+	must(t, s.Close())
+	tick, limit := time.NewTicker(time.Millisecond), time.After(10*time.Second)
+	defer tick.Stop()
+	for s.noise.open.Load() != 0 { // net/http gives no event for the end of its goroutines
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatalf("%d channels are left in the count", s.noise.open.Load())
+		}
+	}
+}

@@ -25,6 +25,7 @@ const (
 
 	maxRegisterBody = 64 << 10
 	maxLogins       = 1000 // logins waiting for approval
+	maxLoginsFrom   = 100  // those from one address
 	loginLifetime   = 15 * time.Minute
 	keyPrefix       = "tnkey-auth-"
 	maxNodes        = 100_000
@@ -61,6 +62,7 @@ func (l *login) finish(o outcome) {
 // registration is the part of a request that makes a node.
 type registration struct {
 	tailcfg.RegisterRequest
+	from netip.Prefix // whom the request counts against
 }
 
 func (r *registration) hostname() string {
@@ -103,6 +105,7 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "no node key", http.StatusBadRequest)
 		return
 	}
+	req.from = group(from)
 	resp, err := s.register(r, machine(r), req)
 	if err != nil {
 		text, ok := err.(refusal)
@@ -205,10 +208,17 @@ func (s *Server) registerLocked(m key.MachinePublic, req *registration, now time
 	if len(s.logins) >= maxLogins {
 		return nil, none, refusal("too many logins are waiting for approval; try again later")
 	}
+	same := 0
 	for _, l := range s.logins {
 		if l.machine == m && l.req.NodeKey == req.NodeKey && l.outcome == loginPending {
 			return &tailcfg.RegisterResponse{AuthURL: s.loginURL(l.id)}, none, nil
 		}
+		if l.req.from == req.from && l.outcome == loginPending {
+			same++
+		}
+	}
+	if same >= maxLoginsFrom {
+		return nil, none, refusal("too many logins from this address are waiting for approval; try again later")
 	}
 	for _, tag := range req.requestTags() {
 		if !validTag(tag) {

@@ -357,6 +357,9 @@ func (s *Server) Close() error {
 	}
 	s.noise.close()
 	s.wg.Wait()
+	for _, h := range append(s.https, s.noise.hs) {
+		h.Close() // once more, for a connection that was being accepted the first time
+	}
 	if s.Dir != "" {
 		os.Remove(filepath.Join(s.Dir, adminFile)) // its address leads nowhere now
 	}

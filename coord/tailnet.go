@@ -2,6 +2,7 @@ package coord
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -82,12 +83,15 @@ type tailnet struct {
 	byName  map[string]*node
 	byAddr  map[netip.Addr]*node
 
+	byMachine map[key.MachinePublic][]*node // several users may log in on one machine
+
 	seq      uint64
 	newest   *node // front of the list of changes
 	removed  []removal
 	forgot   uint64 // removals up to this number are forgotten
 	derp     *tailcfg.DERPMap
 	derpSeq  uint64
+	derpGone map[int]bool // regions that were there once
 	filter   *Filter
 	rules    []tailcfg.FilterRule
 	ruleSeq  uint64
@@ -100,6 +104,7 @@ func newTailnet() *tailnet {
 		users: map[tailcfg.UserID]*userRec{}, userSeq: map[tailcfg.UserID]uint64{}, keys: map[string]*authKeyRec{},
 		nodes: map[tailcfg.NodeID]*node{}, byKey: map[key.NodePublic]*node{}, byName: map[string]*node{},
 		byAddr: map[netip.Addr]*node{}, frames: map[frameKey]*frame{}, rules: tailcfg.FilterAllowAll,
+		derpGone: map[int]bool{}, byMachine: map[key.MachinePublic][]*node{},
 	}
 }
 
@@ -122,11 +127,9 @@ func (t *tailnet) load(st *coordstore.Store, now time.Time) error {
 	if err == nil {
 		err = st.Load(coordstore.Users, func(_ string, v []byte) error {
 			u := new(userRec)
-			t.users[u.ID] = u
 			if err := json.Unmarshal(v, u); err != nil {
 				return err
 			}
-			delete(t.users, 0)
 			t.users[u.ID] = u
 			return nil
 		})
@@ -143,6 +146,9 @@ func (t *tailnet) load(st *coordstore.Store, now time.Time) error {
 			n := &node{gone: now}
 			if err := json.Unmarshal(v, &n.rec); err != nil {
 				return err
+			}
+			if n.rec.ID <= 0 || n.rec.ID >= t.srv.NextNode || n.rec.Name == "" || !n.rec.IPv4.Is4() || !n.rec.IPv6.Is6() {
+				return errors.New("incomplete")
 			}
 			if t.byKey[n.rec.Key] != nil || t.byName[n.rec.Name] != nil || t.byAddr[n.rec.IPv4] != nil || t.nodes[n.rec.ID] != nil {
 				return fmt.Errorf("node %d: key, name or address is another node's too", n.rec.ID)
@@ -173,6 +179,7 @@ func (t *tailnet) add(n *node) {
 	t.byName[n.rec.Name] = n
 	t.byAddr[n.rec.IPv4] = n
 	t.byAddr[n.rec.IPv6] = n
+	t.byMachine[n.rec.Machine] = append(t.byMachine[n.rec.Machine], n)
 	t.touch(n, whole)
 }
 
@@ -183,6 +190,11 @@ func (t *tailnet) remove(n *node) {
 	delete(t.byName, n.rec.Name)
 	delete(t.byAddr, n.rec.IPv4)
 	delete(t.byAddr, n.rec.IPv6)
+	if l := slices.DeleteFunc(t.byMachine[n.rec.Machine], func(x *node) bool { return x == n }); len(l) > 0 {
+		t.byMachine[n.rec.Machine] = l
+	} else {
+		delete(t.byMachine, n.rec.Machine)
+	}
 	t.unlink(n)
 	t.hide(n)
 }
@@ -264,8 +276,8 @@ func (t *tailnet) find(s string) *node {
 
 // machineNode returns the node of machine m that belongs to user, or nil.
 func (t *tailnet) machineNode(m key.MachinePublic, user tailcfg.UserID) *node {
-	for _, n := range t.nodes {
-		if n.rec.Machine == m && n.rec.User == user {
+	for _, n := range t.byMachine[m] {
+		if n.rec.User == user {
 			return n
 		}
 	}

@@ -1,8 +1,11 @@
 package coord
 
 import (
+	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -43,6 +46,35 @@ func derpMap(regions []Region) (*tailcfg.DERPMap, error) {
 		m.Regions[r.ID] = w
 	}
 	return m, nil
+}
+
+// ParseDERPMap reads relays from the JSON of a DERP map, in which form relays and their operators give them.
+func ParseDERPMap(b []byte) ([]Region, error) {
+	var m tailcfg.DERPMap
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("coord: DERP map: %w", err)
+	}
+	var out []Region
+	for _, id := range slices.Sorted(maps.Keys(m.Regions)) {
+		r := m.Regions[id]
+		if r == nil {
+			continue
+		}
+		w := Region{ID: id, Code: r.RegionCode, Name: r.RegionName, NoHome: r.NoMeasureNoHome}
+		for _, n := range r.Nodes {
+			if n == nil {
+				continue
+			}
+			w.Nodes = append(w.Nodes, Relay{Name: n.Name, HostName: n.HostName, CertName: n.CertName, IPv4: n.IPv4, IPv6: n.IPv6,
+				DERPPort: n.DERPPort, STUNPort: n.STUNPort, STUNOnly: n.STUNOnly, InsecureForTests: n.InsecureForTests,
+				CanPort80: n.CanPort80, STUNTestIP: n.STUNTestIP})
+		}
+		out = append(out, w)
+	}
+	if _, err := derpMap(out); err != nil {
+		return nil, err
+	}
+	return out, nil
 }
 
 var protoNumbers = map[string]int{"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "sctp": 132}
