@@ -119,10 +119,24 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 		t.remove(n.Key)
 	}
 	for _, n := range ch.Changed {
+		was := t.paths.Path(n.Key)
 		t.paths.UpsertPeer(peerInfo(n))
+		if now := t.paths.Path(n.Key); now.Region != was.Region || now.Addr != was.Addr {
+			t.pathUp(n.Key)
+		}
 	}
 	for _, n := range ch.Added {
 		t.paths.UpsertPeer(peerInfo(n))
+	}
+}
+
+// pathUp lets a handshake that waits for its time-out go on: there is a new way to the peer.
+func (t *transport) pathUp(pub key.NodePublic) {
+	t.mu.RLock()
+	p := t.peers[pub]
+	t.mu.RUnlock()
+	if p != nil {
+		p.wg.PathUp()
 	}
 }
 

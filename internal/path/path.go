@@ -313,6 +313,17 @@ func (r *Reply) Send(b []byte, seg int) error {
 	return ErrNoPath
 }
 
+// AppendSource appends what tells this source from others, for package wg to bind a cookie to.
+func (r *Reply) AppendSource(b []byte) []byte {
+	if r.src.Region != 0 {
+		b = append(b, byte(r.src.Region>>8), byte(r.src.Region))
+		return r.src.Key.AppendTo(b)
+	}
+	a := r.src.Addr.Addr().As16()
+	port := r.src.Addr.Port()
+	return append(append(b, a[:]...), byte(port>>8), byte(port))
+}
+
 // FromRelay takes a packet that region delivered from the node src. Calls for one region must come
 // one at a time, those for different regions may be concurrent. b is borrowed and may be changed.
 // Data causes no allocation here.

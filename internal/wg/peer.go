@@ -40,6 +40,7 @@ type Peer struct {
 	psk            *[32]byte // nil: zeros
 	hs             *pending  // our initiation that waits for its response
 	retryAt        int64     // when to initiate again; 0: not
+	attempts       int       // initiations since the last handshake was complete
 	giveUpAt       int64     // when to stop that
 	lastStamp      timestamp // of the last initiation accepted
 	lastInitRx     int64     // when that was
@@ -112,6 +113,21 @@ func (p *Peer) SetPersistentKeepalive(d time.Duration) {
 // Rekey begins a handshake now, unless one began within the last five seconds. It does not wait
 // for it.
 func (p *Peer) Rekey() error { return p.handshake(p.dev.now(), true) }
+
+// PathUp says that there is a way to the peer where there was none. An initiation that went
+// nowhere is then repeated now and not when its time is up.
+func (p *Peer) PathUp() {
+	p.mu.Lock()
+	waiting := p.retryAt != 0 && p.current.Load() == nil
+	if waiting {
+		p.nextInit.Store(0)
+		p.attempts = 0
+	}
+	p.mu.Unlock()
+	if waiting {
+		p.handshake(p.dev.now(), false)
+	}
+}
 
 // Stats are a peer's counters. Times are zero if the thing never happened.
 type Stats struct {
@@ -250,8 +266,10 @@ func (p *Peer) handshake(now int64, want bool) error {
 	}
 	p.hs = &pending{initiator: st, id: id, index: index}
 	p.putMACs(msg[:], &pub, now)
-	p.nextInit.Store(now + t.rekeyTimeout)
-	p.retryAt = now + t.rekeyTimeout + jitter(t.jitter)
+	wait := t.retryAfter(p.attempts, p.current.Load() != nil)
+	p.attempts++
+	p.nextInit.Store(now + wait)
+	p.retryAt = now + wait + jitter(min(t.jitter, wait/4))
 	at := p.retryAt
 	p.mu.Unlock()
 
@@ -298,6 +316,7 @@ func (p *Peer) establish(s *session, now int64) {
 	}
 	d.table.insert(s)
 	p.current.Store(s)
+	p.nextInit.Store(now + d.t.rekeyTimeout)
 	p.complete(now)
 }
 
@@ -328,5 +347,6 @@ func (p *Peer) promote(s *session, now int64) bool {
 // complete notes that a handshake is done. mu is held.
 func (p *Peer) complete(now int64) {
 	p.retryAt = 0
+	p.attempts = 0
 	p.lastHandshake = now
 }

@@ -218,12 +218,13 @@ func TestGivingUp(t *testing.T) {
 		a.send(1)
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if len(at) < 16 || len(at) > 18 {
+		if len(at) < 20 || len(at) > 22 {
 			t.Errorf("%d initiations", len(at))
 		}
 		for i := range at[1:] {
-			if d := at[i+1].Sub(at[i]); d < 5*time.Second || d > 5334*time.Millisecond {
-				t.Errorf("initiations %v apart", d)
+			want := min(250*time.Millisecond<<i, 5*time.Second)
+			if d := at[i+1].Sub(at[i]); d < want || d > want+334*time.Millisecond {
+				t.Errorf("initiations %d and %d are %v apart, want %v", i, i+1, d, want)
 			}
 		}
 		if d := at[len(at)-1].Sub(at[0]); d > 90*time.Second {
@@ -237,6 +238,28 @@ func TestGivingUp(t *testing.T) {
 		settle()
 		if b.count(1, 1) != 0 || b.count(2, 2) != 1 {
 			t.Error("want the new packet and not the old one")
+		}
+	})
+}
+
+// TestPathUp is a peer that joins a moment after it is first sent to.
+func TestPathUp(t *testing.T) {
+	inBubble(t, func(t *testing.T, l *lossy) {
+		a, b := l.ends[0], l.ends[1]
+		l.set(func() { l.down = true })
+		a.send(1)
+		time.Sleep(30 * time.Second) // long enough for the waits to be the paper's
+		l.set(func() { l.down = false })
+		a.peer.PathUp()
+		settle()
+		if b.count(1, 1) != 1 {
+			t.Error("the handshake did not go on at once")
+		}
+		stamp := a.peer.Stats().LastHandshake
+		a.peer.PathUp()
+		settle()
+		if a.peer.Stats().LastHandshake != stamp {
+			t.Error("a handshake began although there is a session")
 		}
 	})
 }
