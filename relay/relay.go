@@ -99,6 +99,7 @@ type Server struct {
 	wg       sync.WaitGroup
 	serveErr error
 	done     chan struct{} // closed when serving has ended
+	drained  chan struct{} // closed when Shutdown has ended; nil before it began
 }
 
 // Node is a relay's entry in a DERP map. Its JSON is the map's own.
@@ -239,6 +240,12 @@ func (s *Server) ListenAndServe(ctx context.Context) error {
 		defer cancel()
 		s.Shutdown(grace)
 	case <-s.done:
+		s.mu.Lock()
+		drained := s.drained
+		s.mu.Unlock()
+		if drained != nil { // another goroutine's Shutdown ended serving: let it finish
+			<-drained
+		}
 		s.Close()
 	}
 	s.mu.Lock()
@@ -318,6 +325,10 @@ func (s *Server) Stats() Stats {
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	d := s.derp
+	if s.drained == nil {
+		s.drained = make(chan struct{})
+		defer close(s.drained)
+	}
 	if s.ln != nil {
 		s.ln.Close()
 	}

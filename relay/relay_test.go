@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/http"
@@ -291,6 +292,8 @@ func TestSTUN(t *testing.T) {
 		if err != nil || got != tx || self.String() != c.LocalAddr().String() {
 			t.Errorf("%v %v %v", got == tx, self, err)
 		}
+		_, _, h := join(t, derpMap(s, 1))
+		h.waitState(t, true)
 		if s.Node().STUNPort == 0 || s.Stats().STUNRequests > 1 {
 			t.Errorf("%+v %+v", s.Node(), s.Stats())
 		}
@@ -368,6 +371,45 @@ func TestListenAndServeEndsWithItsContext(t *testing.T) {
 	if err := within(t, "end", done); err != nil && !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
+}
+
+func TestShutdownDuringListenAndServe(t *testing.T) {
+	s := &Server{Addr: "127.0.0.1:0"}
+	done := make(chan error, 1)
+	started := make(chan struct{})
+	s.Admit = func(context.Context, NodeKey, netip.Addr) error { close(started); return nil }
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m := derpMap(s, 1)
+	s.Close()
+	s = &Server{Addr: net.JoinHostPort("127.0.0.1", fmt.Sprint(m.Regions[1].Nodes[0].DERPPort)), Admit: s.Admit}
+	m.Regions[1].Nodes[0].CertName, m.Regions[1].Nodes[0].InsecureForTests = "", true
+	go func() { done <- s.ListenAndServe(t.Context()) }()
+	_, _, h := join(t, m)
+	within(t, "client", started)
+	h.waitState(t, true)
+	if err := s.Shutdown(t.Context()); err != nil { // not cut short by ListenAndServe's end
+		t.Error(err)
+	}
+	if err := within(t, "end", done); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTheUsersTLSConfigIsNotChanged(t *testing.T) {
+	conf, _, err := new(Server).tlsConfig("127.0.0.1", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := start(t, &Server{TLS: conf})
+	if len(conf.Certificates[0].Certificate) != 1 || conf.NextProtos != nil {
+		t.Error("the meta certificate went into the user's own configuration")
+	}
+	m := derpMap(s, 1)
+	m.Regions[1].Nodes[0].InsecureForTests = true
+	_, _, h := join(t, m)
+	h.waitState(t, true)
 }
 
 func TestStateIsPrivate(t *testing.T) {

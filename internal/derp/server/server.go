@@ -159,10 +159,15 @@ func (s *Server) PublicKey() key.NodePublic { return s.pub }
 func (s *Server) MetaCert() []byte { return slices.Clone(s.meta) }
 
 // AddMetaCert returns a copy of c that appends the meta certificate to every chain it
-// presents, and offers HTTP/1.1 alone, which the upgrade needs.
+// presents, and does not offer HTTP/2, with which there is no upgrade.
 func (s *Server) AddMetaCert(c *tls.Config) *tls.Config {
 	c = c.Clone()
-	c.NextProtos = []string{"http/1.1"}
+	c.NextProtos = slices.DeleteFunc(slices.Clone(c.NextProtos), func(p string) bool { return p == "h2" })
+	if !slices.Contains(c.NextProtos, "http/1.1") {
+		c.NextProtos = append(c.NextProtos, "http/1.1")
+	}
+	c.DynamicRecordSizingDisabled = true // batches are large; short records would undo that
+	c.Certificates = slices.Clone(c.Certificates)
 	for i := range c.Certificates {
 		c.Certificates[i].Certificate = append(slices.Clip(c.Certificates[i].Certificate), s.meta)
 	}
