@@ -208,7 +208,10 @@ func TestCloseAnyTime(t *testing.T) {
 			"Accept":   func() error { _, err := ln.Accept(); return err },
 			"ReadFrom": func() error { _, _, err := pc.ReadFrom(make([]byte, 1)); return err },
 			"Dial":     func() error { _, err := s.Dial(t.Context(), "tcp", "nobody:80"); return err },
-			"Ping":     func() error { _, err := lc.Ping(t.Context(), netip.MustParseAddr("100.127.1.1"), tailnode.PingTSMP); return err },
+			"Ping": func() error {
+				_, err := lc.Ping(t.Context(), netip.MustParseAddr("100.127.1.1"), tailnode.PingTSMP)
+				return err
+			},
 		}
 		var began, ended sync.WaitGroup
 		for name, call := range calls {
