@@ -103,7 +103,9 @@ type Stack struct {
 	gv     *stack.Stack
 	link   *link
 	budget budget
-
+	// piece is how much of a Write the stack gets at a time: what fits one segment, so that the first leaves while the
+	// next is copied, and no small remainder goes out between large ones.
+	piece   int
 	flusher flusher
 
 	addrMu sync.Mutex // serialises SetAddresses
@@ -147,6 +149,7 @@ func New(cfg Config) (*Stack, error) {
 	s.budget.init(cfg.MaxBuffer, cfg.BufferBudget)
 	s.life, s.stop = context.WithCancel(context.Background())
 	s.link = &link{mtu: uint32(cfg.MTU), out: cfg.Output}
+	s.piece = int(s.link.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
 	s.gv = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},

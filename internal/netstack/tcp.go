@@ -218,7 +218,7 @@ func (c *conn) Write(b []byte) (int, error) {
 		if done == 0 && c.gather(b) {
 			return len(b), nil
 		}
-		n, err := c.push(b[done:])
+		n, err := c.push(b[done:min(len(b), done+c.s.piece)])
 		done += n
 		switch err.(type) {
 		case nil:
