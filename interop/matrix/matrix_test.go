@@ -21,14 +21,16 @@ type controlPart struct {
 	name        string
 	make        harness.ControlMaker
 	interactive harness.ControlMaker // the same server, demanding a login by URL from its start
-	removes     bool                 // ephemeral nodes that log out are removed by the server itself
 	online      bool                 // peers' online state is told
 }
 
 var (
-	nodes    = []part[harness.NodeMaker]{{"upstream", harness.UpstreamNode}}
-	relays   = []part[harness.RelayMaker]{{"derpserver", harness.UpstreamRelay}}
-	controls = []controlPart{{name: "testcontrol", make: harness.UpstreamControl, interactive: harness.UpstreamControlInteractive}}
+	nodes    = []part[harness.NodeMaker]{{"ours", harness.OurNode}, {"upstream", harness.UpstreamNode}}
+	relays   = []part[harness.RelayMaker]{{"relay", harness.OurRelay}, {"derpserver", harness.UpstreamRelay}}
+	controls = []controlPart{
+		{name: "coord", make: harness.OurControl, interactive: harness.OurControl, online: true},
+		{name: "testcontrol", make: harness.UpstreamControl, interactive: harness.UpstreamControlInteractive},
+	}
 )
 
 // cell is one combination of parts.
