@@ -388,7 +388,7 @@ func (s *Server) changed() {
 	if s.waking != nil || s.state == stateClosed {
 		return
 	}
-	gap := 5*time.Millisecond + time.Duration(len(s.net.nodes))*50*time.Microsecond
+	gap := 5*time.Millisecond + time.Duration(len(s.net.nodes))*100*time.Microsecond
 	if wait := gap - time.Since(s.woken); wait > 0 {
 		s.waking = time.AfterFunc(wait, func() {
 			s.mu.Lock()

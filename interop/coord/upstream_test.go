@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -300,4 +301,78 @@ func peerOf(t *testing.T, n *tsnet.Server, name string) *ipnstate.PeerStatus {
 		}
 	}
 	return nil
+}
+
+// TestFanOut joins several upstream nodes at once and checks that each learns of all others, of a rename, and of
+// one that goes.
+func TestFanOut(t *testing.T) {
+	s := start(t, &coord.Server{})
+	key := authKey(t, s, coord.AuthKeyOptions{Reusable: true})
+	const n = 6
+	var nodes []*tsnet.Server
+	var wg sync.WaitGroup
+	for range n {
+		x := upstream(t, s, "crowd", key)
+		nodes = append(nodes, x)
+		wg.Go(func() {
+			if _, err := x.Up(ctx(t)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		return
+	}
+	peers := func(x *tsnet.Server) int {
+		lc, err := x.LocalClient()
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := lc.Status(ctx(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(st.Peer)
+	}
+	for _, x := range nodes {
+		waitFor(t, "all peers", func() bool { return peers(x) == n-1 })
+	}
+	if err := s.RenameNode("crowd-3", "renamed"); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range nodes {
+		waitFor(t, "the new name", func() bool {
+			lc, err := x.LocalClient()
+			if err != nil {
+				t.Fatal(err)
+			}
+			st, err := lc.Status(ctx(t))
+			return err == nil && (strings.HasPrefix(st.Self.DNSName, "renamed.") || peerOf(t, x, "renamed") != nil)
+		})
+	}
+	if err := s.DeleteNode("renamed"); err != nil {
+		t.Fatal(err)
+	}
+	left := 0
+	for _, x := range nodes {
+		waitFor(t, "one less, or its own end", func() bool {
+			lc, err := x.LocalClient()
+			if err != nil {
+				t.Fatal(err)
+			}
+			st, err := lc.Status(ctx(t))
+			if err == nil && st.BackendState == "NeedsLogin" {
+				return true
+			}
+			if err == nil && len(st.Peer) == n-2 {
+				left++
+				return true
+			}
+			return false
+		})
+	}
+	if left != n-1 {
+		t.Errorf("%d nodes see the others", left)
+	}
 }
