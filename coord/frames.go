@@ -35,6 +35,9 @@ type frame struct {
 	err  [2]error
 }
 
+// maxFrames bounds the deltas kept for other streams. Streams are woken together, so few cursors matter.
+const maxFrames = 16
+
 // frameKey names what makes two streams' deltas the same.
 type frameKey struct {
 	from  uint64
@@ -171,16 +174,20 @@ func (s *Server) delta(st *stream, now time.Time) *frame {
 	resync := from < t.forgot || blind != st.blind
 	if !self && !blind && !resync && !(n.rec.Filter != nil && t.ruleSeq > from) && !st.omitPeers {
 		k := frameKey{from, st.named}
-		if f := t.frames[k]; f != nil {
+		// An older frame would leave the stream short of seq, after the wake-up for it was used.
+		if f := t.frames[k]; f != nil && f.to == t.seq {
 			st.cursor = f.to
+			if f.to < t.seq && s.waking == nil {
+				st.poke() // what came after the frame was made has had its wake-up already
+			}
 			return f.orNil()
 		}
-		if t.frameSeq != t.seq && len(t.frames) > 16 {
+		if len(t.frames) >= maxFrames {
 			clear(t.frames)
 		}
 		f := &frame{from: from, to: t.seq, list: "PeersChanged"}
 		t.changes(f, nil, st.named, s.domain, now)
-		t.frames[k], t.frameSeq = f, t.seq
+		t.frames[k] = f
 		st.cursor = f.to
 		return f.orNil()
 	}
