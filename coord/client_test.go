@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -24,7 +25,12 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("COORD_CHILD"); dir != "" {
+		childMain(dir)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // peerNode is a node as small as it can be: it speaks the protocol and nothing else.
 type peerNode struct {

@@ -174,11 +174,12 @@ func (s *Server) delta(st *stream, now time.Time) *frame {
 	resync := from < t.forgot || blind != st.blind
 	if !self && !blind && !resync && !(n.rec.Filter != nil && t.ruleSeq > from) && !st.omitPeers {
 		k := frameKey{from, st.named}
-		// An older frame would leave the stream short of seq, after the wake-up for it was used.
-		if f := t.frames[k]; f != nil && f.to == t.seq {
+		if f := t.frames[k]; f != nil {
 			st.cursor = f.to
+			// An older frame leaves the stream short of seq. If a wake-up is due, the stream waits for it already;
+			// else the one for what came after the frame is past, and the stream must look again by itself.
 			if f.to < t.seq && s.waking == nil {
-				st.poke() // what came after the frame was made has had its wake-up already
+				st.poke()
 			}
 			return f.orNil()
 		}

@@ -368,3 +368,48 @@ func TestChannelsAreCounted(t *testing.T) {
 		}
 	}
 }
+
+// TestSharedFrame has two streams at one cursor and a change between their turns: the second uses the first one's
+// frame, and must not miss the change that the frame does not have.
+func TestSharedFrame(t *testing.T) {
+	s := startServer(t, &Server{})
+	k := newKey(t, s, AuthKeyOptions{Reusable: true})
+	var st [2]*stream
+	var changing *node
+	for i, name := range []string{"a", "b", "c"} {
+		p := newPeer(t, s, name).join(k)
+		s.mu.Lock()
+		n := s.net.byKey[p.key.Public()]
+		if i < 2 {
+			st[i] = &stream{node: n, named: true, kick: make(chan struct{}, 1)}
+		} else {
+			changing = n
+		}
+		s.mu.Unlock()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waking != nil {
+		s.waking.Stop()
+		s.waking = nil
+	}
+	st[0].cursor, st[1].cursor = s.net.seq, s.net.seq
+	change := func(name string) {
+		s.rename(changing, name)
+	}
+	change("one")
+	f0 := s.delta(st[0], time.Now())
+	change("two")
+	f1 := s.delta(st[1], time.Now())
+	if f0 == nil || f0 != f1 {
+		t.Fatal("the frame is not shared")
+	}
+	select {
+	case <-st[1].kick:
+	default:
+		t.Fatal("the second stream sleeps although it is behind")
+	}
+	if f := s.delta(st[1], time.Now()); f == nil || !strings.Contains(string(f.peers[0]), `"two.`) {
+		t.Errorf("%+v", f)
+	}
+}

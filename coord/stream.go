@@ -42,7 +42,7 @@ func (st *stream) poke() {
 	}
 }
 
-// end makes the stream say what is left and stop.
+// end makes the stream stop.
 func (st *stream) end() { st.once.Do(func() { close(st.stop) }) }
 
 // serveMap answers POST /machine/map (docs/protocol/control.md § Map).
@@ -136,12 +136,11 @@ func (s *Server) stream(w http.ResponseWriter, r *http.Request, st *stream, f *f
 		}
 		s.mu.Lock()
 		wake = s.wake
+		known := s.net.nodes[st.node.rec.ID] == st.node
 		switch {
-		case s.net.nodes[st.node.rec.ID] == st.node:
-			if !last || st.node.stream == st || st.node.stream == nil {
-				f = s.delta(st, time.Now())
-			}
-		case last: // it was removed: tell it that its key is worth nothing any more
+		case known && !last:
+			f = s.delta(st, time.Now())
+		case !known && last: // it was removed: tell it that its key is worth nothing any more
 			f = s.farewell(st.node)
 		}
 		s.mu.Unlock()

@@ -95,8 +95,7 @@ type tailnet struct {
 	filter   *Filter
 	rules    []tailcfg.FilterRule
 	ruleSeq  uint64
-	frames   map[frameKey]*frame // encoded deltas that several streams can use
-	frameSeq uint64
+	frames   map[frameKey]*frame // deltas that several streams can use
 }
 
 func newTailnet() *tailnet {
