@@ -1,6 +1,9 @@
 package datapath
 
 import (
+	"net/netip"
+
+	"github.com/tailnode/tailnode/internal/filter"
 	"github.com/tailnode/tailnode/internal/netstack"
 	"github.com/tailnode/tailnode/internal/packet"
 	"github.com/tailnode/tailnode/internal/path"
@@ -13,6 +16,8 @@ type sink struct {
 	hdr   packet.Parsed
 	src   path.Source // the one that reply answers to: most often the next packet is from there too
 	reply path.Reply
+
+	tcpSrc, tcpDst netip.AddrPort // the connection that was last found, for the packets until Flush
 }
 
 func (t *transport) newSink() *sink { return &sink{t: t, inbox: t.e.stack.NewInbox()} }
@@ -29,8 +34,26 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 	s.packet(wp.Owner().(*peer), plain)
 }
 
+// connected reports whether a TCP packet that does not begin a connection may come in: always,
+// unless it is for a listener and the rules do not let its sender connect. Without this a peer
+// without a rule could guess the cookie with which a listener whose backlog is full answers, and
+// would be connected.
+func (s *sink) connected(f *filter.Filter, h *packet.Parsed) bool {
+	if h.Src == s.tcpSrc && h.Dst == s.tcpDst {
+		return true
+	}
+	if s.t.e.stack.ToListener(h.Dst, h.Src) && !f.AllowsTCP(h.Src.Addr(), h.Dst) {
+		return false
+	}
+	s.tcpSrc, s.tcpDst = h.Src, h.Dst
+	return true
+}
+
 // Flush hands everything that is still gathered to the netstack.
-func (s *sink) Flush() { s.inbox.Flush() }
+func (s *sink) Flush() {
+	s.tcpSrc, s.tcpDst = netip.AddrPort{}, netip.AddrPort{}
+	s.inbox.Flush()
+}
 
 // packet takes an authenticated packet of p.
 func (s *sink) packet(p *peer, b []byte) {
@@ -48,8 +71,12 @@ func (s *sink) packet(p *peer, b []byte) {
 	if n == nil || n.Key != p.wg.Public() || n.Expired {
 		return
 	}
-	if !f.In(h, e.flows, now()).Accepted() {
+	v := f.In(h, e.flows, now())
+	if !v.Accepted() {
 		e.rejected(p, h)
+		return
+	}
+	if v == filter.AcceptTCP && !s.connected(f, h) {
 		return
 	}
 	if e.intercept(p, h) {

@@ -25,8 +25,9 @@ type transport struct {
 // peer is a peer that has been heard of on the data path. Its node is looked up in the
 // netmap by key, never kept, so that a delta takes effect at once.
 type peer struct {
-	t  *transport
-	wg *wg.Peer
+	t     *transport
+	wg    *wg.Peer
+	disco key.DiscoPublic // of the process that the session is with; guarded by t.mu
 }
 
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
@@ -96,7 +97,7 @@ func (t *transport) peer(pub key.NodePublic) *peer {
 	if conduit == nil {
 		return nil
 	}
-	p = &peer{t: t}
+	p = &peer{t: t, disco: n.DiscoKey}
 	w, err := t.dev.AddPeer(pub, conduit, p)
 	if err != nil {
 		t.e.log.Warn("peer not usable", "peer", pub.ShortString(), "err", err)
@@ -112,6 +113,7 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 	if all {
 		for n := range m.All() {
 			t.paths.UpsertPeer(peerInfo(n))
+			t.restarted(n)
 		}
 		return
 	}
@@ -137,6 +139,27 @@ func (t *transport) pathUp(pub key.NodePublic) {
 	t.mu.RUnlock()
 	if p != nil {
 		p.wg.PathUp()
+	}
+}
+
+// restarted renews the session with a peer whose disco key is another than before. A process has one
+// disco key, so the peer's is a new one, which knows nothing of the session.
+func (t *transport) restarted(n *netmap.Node) {
+	if n.DiscoKey.IsZero() {
+		return
+	}
+	t.mu.Lock()
+	p := t.peers[n.Key]
+	renew := p != nil && p.disco != n.DiscoKey
+	if renew {
+		renew = !p.disco.IsZero()
+		p.disco = n.DiscoKey
+	}
+	t.mu.Unlock()
+	if renew {
+		if err := p.wg.Renew(); err != nil {
+			t.e.log.Debug("peer restarted", "peer", n.Key.ShortString(), "err", err)
+		}
 	}
 }
 

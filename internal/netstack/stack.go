@@ -316,6 +316,22 @@ func (s *Stack) NumSockets() int {
 	return len(s.socks)
 }
 
+// ToListener reports whether a TCP packet from remote to local would go to a listener, because
+// there is no connection, established or on the way, between the two. It does not block but for
+// short locks, and does not allocate.
+func (s *Stack) ToListener(local, remote netip.AddrPort) bool {
+	proto := ipv6.ProtocolNumber
+	if local.Addr().Is4() {
+		proto = ipv4.ProtocolNumber
+	}
+	ep := s.gv.FindTransportEndpoint(proto, tcp.ProtocolNumber, stack.TransportEndpointID{
+		LocalPort: local.Port(), LocalAddress: toGV(local.Addr()),
+		RemotePort: remote.Port(), RemoteAddress: toGV(remote.Addr()),
+	}, nicID)
+	e, ok := ep.(*tcp.Endpoint)
+	return ok && e.EndpointState() == tcp.StateListen
+}
+
 func toGV(a netip.Addr) tcpip.Address {
 	if a.Is4() {
 		return tcpip.AddrFrom4(a.As4())

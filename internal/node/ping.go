@@ -36,7 +36,15 @@ type PingResult struct {
 func (n *Node) Ping(ctx context.Context, ip netip.Addr, kind string) (PingResult, error) {
 	ip = ip.Unmap()
 	r := PingResult{IP: ip, NodeIP: ip}
-	m, err := n.awaitPeer(ctx, func(m *netmap.Map) error { return reachable(m, ip) })
+	m, err := n.awaitPeer(ctx, func(m *netmap.Map) error {
+		if err := reachable(m, ip); err != nil {
+			return err
+		}
+		if p := m.Route(ip); kind == PingDisco && p != nil && p.DiscoKey.IsZero() {
+			return errcode.New(errcode.Unsupported, "%s does not speak disco (%w)", p.ShortName(), errNotYet)
+		}
+		return nil
+	})
 	if err != nil {
 		return r, err
 	}
@@ -51,9 +59,6 @@ func (n *Node) Ping(ctx context.Context, ip netip.Addr, kind string) (PingResult
 	}
 	switch kind {
 	case PingDisco:
-		if peer.DiscoKey.IsZero() {
-			return r, errcode.New(errcode.Unsupported, "%s does not speak disco", r.NodeName)
-		}
 		pr, err := n.engine.PingDisco(ctx, r.NodeIP, 0)
 		if err != nil {
 			return r, pingErr(err)

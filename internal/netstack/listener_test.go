@@ -1,0 +1,45 @@
+package netstack
+
+import (
+	"net/netip"
+	"testing"
+)
+
+func TestToListener(t *testing.T) {
+	p := newPair(t, nil)
+	ln, err := p.b.ListenTCP(netip.AddrPortFrom(netip.IPv6Unspecified(), 80))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	to := netip.AddrPortFrom(b4, 80)
+	c, err := p.a.DialTCP(t.Context(), to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	in, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	from := netip.MustParseAddrPort(c.LocalAddr().String())
+	for _, tt := range []struct {
+		name          string
+		local, remote netip.AddrPort
+		want          bool
+	}{
+		{"the connection", to, from, false},
+		{"another port of its peer", to, netip.AddrPortFrom(from.Addr(), from.Port()+1), true},
+		{"another peer", to, netip.MustParseAddrPort("100.64.9.9:1"), true},
+		{"a port without listener", netip.AddrPortFrom(b4, 81), from, false},
+		{"the other family", netip.AddrPortFrom(b6, 80), netip.AddrPortFrom(a6, 1), true},
+	} {
+		if got := p.b.ToListener(tt.local, tt.remote); got != tt.want {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() { p.b.ToListener(to, from) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
