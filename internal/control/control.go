@@ -228,16 +228,16 @@ func (c *Client) connectFor(ctx context.Context, cancel context.CancelFunc, done
 	defer cancel()
 	conn, raw, err := c.connect(ctx)
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.dialing, c.dialErr = nil, err
+	closed := c.closed
+	if err == nil && !closed {
+		c.conn, c.raw = conn, raw
+	}
+	c.mu.Unlock()
 	close(done)
-	switch {
-	case err != nil:
-	case c.closed:
+	if err == nil && closed {
 		conn.Close()
 		raw.Close()
-	default:
-		c.conn, c.raw = conn, raw
 	}
 }
 
