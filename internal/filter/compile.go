@@ -1,12 +1,12 @@
 package filter
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
+	"sort"
 	"strings"
 
 	"github.com/tailnode/tailnode/internal/packet"
@@ -37,7 +37,7 @@ func Compile(rules []tailcfg.FilterRule, local []netip.Prefix, hasCap func(src n
 			c.local = append(c.local, p.Masked())
 		}
 	}
-	slices.SortFunc(c.local, comparePrefix)
+	sort.Slice(c.local, func(i, j int) bool { return comparePrefix(c.local[i], c.local[j]) < 0 })
 	c.local = slices.Compact(c.local)
 
 	bySrc := map[netip.Prefix][]int32{}
@@ -48,21 +48,18 @@ func Compile(rules []tailcfg.FilterRule, local []netip.Prefix, hasCap func(src n
 	}
 
 	f := &Filter{hasCap: hasCap, grants: c.grants}
-	localSet := make(map[netip.Prefix]struct{}, len(c.local))
-	for _, p := range c.local {
-		localSet[p] = struct{}{}
+	f.local = newPrefixes(c.local)
+	srcs, srcIDs := split(bySrc)
+	f.src = newPrefixes(srcs)
+	for _, ids := range srcIDs {
+		f.accesses = append(f.accesses, c.access(ids))
 	}
-	f.local = newPrefixes(localSet)
-	src := make(map[netip.Prefix]*access, len(bySrc))
-	for p, ids := range bySrc {
-		src[p] = c.access(ids)
-	}
-	f.src = newPrefixes(src)
 	for name, ids := range byCap {
 		f.capSrc = append(f.capSrc, capAccess{name, c.access(ids)})
 	}
-	slices.SortFunc(f.capSrc, func(a, b capAccess) int { return cmp.Compare(a.name, b.name) })
-	f.grantSrc = newPrefixes(grantsBySrc)
+	sort.Slice(f.capSrc, func(i, j int) bool { return f.capSrc[i].name < f.capSrc[j].name })
+	grantSrcs, grantIDs := split(grantsBySrc)
+	f.grantSrc, f.grantIDs = newPrefixes(grantSrcs), grantIDs
 
 	if c.bad > 0 {
 		return f, fmt.Errorf("%w (%d left out): %w", ErrRule, c.bad, c.err)
@@ -206,10 +203,11 @@ func (c *compiler) access(ids []int32) *access {
 			dsts[d.prefix] = dsts[d.prefix].with(r.protos, d.ports)
 		}
 	}
-	for p, ps := range dsts {
-		dsts[p] = ps.merged()
+	keys, values := split(dsts)
+	for i, ps := range values {
+		values[i] = ps.merged()
 	}
-	a := &access{newPrefixes(dsts)}
+	a := &access{newPrefixes(keys), values}
 	c.accesses[string(k)] = a
 	return a
 }
@@ -242,7 +240,7 @@ next:
 func (ps ports) merged() ports {
 	for i := range ps {
 		rs := ps[i].ranges
-		slices.SortFunc(rs, func(a, b tailcfg.PortRange) int { return cmp.Compare(a.First, b.First) })
+		sort.Slice(rs, func(i, j int) bool { return rs[i].First < rs[j].First })
 		out := rs[:1]
 		for _, r := range rs[1:] {
 			last := &out[len(out)-1]
@@ -296,7 +294,3 @@ func appendSet(out []netip.Prefix, s string, bits *int) ([]netip.Prefix, error) 
 
 // clip keeps a foreign text from filling a log.
 func clip(s string) string { return s[:min(len(s), 64)] }
-
-func comparePrefix(a, b netip.Prefix) int {
-	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-}

@@ -11,6 +11,7 @@ package filter
 import (
 	"net/netip"
 	"slices"
+	"sort"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/packet"
@@ -59,18 +60,21 @@ func (v Verdict) String() string {
 // Filter holds compiled rules. It is immutable and safe for concurrent use. A
 // nil Filter lets nothing in and everything out.
 type Filter struct {
-	local    prefixes[struct{}]
-	src      prefixes[*access]
+	local    prefixes
+	src      prefixes
+	accesses []*access // of src
 	capSrc   []capAccess
 	hasCap   func(netip.Addr, tailcfg.NodeCapability) bool
 	grants   []grantRule
-	grantSrc prefixes[[]int32] // indexes of grants
+	grantSrc prefixes
+	grantIDs [][]int32 // of grantSrc: indexes of grants
 	shields  bool
 }
 
 // access is what a source may reach.
 type access struct {
-	dst prefixes[ports]
+	dst   prefixes
+	ports []ports // of dst
 }
 
 type capAccess struct {
@@ -198,7 +202,7 @@ const (
 func (f *Filter) match(p *packet.Parsed, k matchKind) bool {
 	src := p.Src.Addr()
 	for i := f.src.find(src); i >= 0; i = f.src.at[i].parent {
-		if f.src.at[i].value.allows(p, k) {
+		if f.accesses[f.src.at[i].value].allows(p, k) {
 			return true
 		}
 	}
@@ -219,7 +223,7 @@ func (a *access) allows(p *packet.Parsed, k matchKind) bool {
 		if k == matchAny {
 			return true
 		}
-		ps := a.dst.at[i].value
+		ps := a.ports[a.dst.at[i].value]
 		for j := range ps {
 			if ps[j].proto != p.Proto {
 				continue
@@ -256,9 +260,9 @@ func (f *Filter) Caps(src, dst netip.Addr) tailcfg.PeerCapMap {
 	}
 	var ids []int32
 	for i := f.grantSrc.find(src); i >= 0; i = f.grantSrc.at[i].parent {
-		ids = append(ids, f.grantSrc.at[i].value...)
+		ids = append(ids, f.grantIDs[f.grantSrc.at[i].value]...)
 	}
-	slices.Sort(ids)
+	sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
 	var out tailcfg.PeerCapMap
 	for _, id := range slices.Compact(ids) {
 		for _, g := range f.grants[id] {

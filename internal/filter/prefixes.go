@@ -1,36 +1,36 @@
 package filter
 
 import (
-	"cmp"
 	"math/bits"
 	"net/netip"
-	"slices"
+	"sort"
 )
 
-// prefixes maps prefixes to values and finds all that cover an address. It is
+// prefixes numbers prefixes and finds all that cover an address. It is
 // a sorted slice: of two prefixes one covers the other or they are disjoint, so the
 // longest that covers an address is the last one that does not start behind
 // it, or an ancestor of that one. Against a trie it costs a binary search, and
 // saves most of the memory.
-type prefixes[T any] struct {
-	at []entry[T]
+//
+// What a prefix stands for lies in a slice beside it, so that the code exists
+// once and not per type of value.
+type prefixes struct {
+	at []entry
 }
 
-type entry[T any] struct {
+type entry struct {
 	prefix netip.Prefix
 	parent int32 // the longest other prefix that covers this one, or -1
-	value  T
+	value  int32 // the prefix's index in what newPrefixes was given
 }
 
-// newPrefixes makes the map. Its keys must be masked.
-func newPrefixes[T any](m map[netip.Prefix]T) prefixes[T] {
-	at := make([]entry[T], 0, len(m))
-	for p, v := range m {
-		at = append(at, entry[T]{p, -1, v})
+// newPrefixes makes the set of keys, which must be masked, each there once.
+func newPrefixes(keys []netip.Prefix) prefixes {
+	at := make([]entry, len(keys))
+	for i, p := range keys {
+		at[i] = entry{p, -1, int32(i)}
 	}
-	slices.SortFunc(at, func(a, b entry[T]) int {
-		return cmp.Or(a.prefix.Addr().Compare(b.prefix.Addr()), a.prefix.Bits()-b.prefix.Bits())
-	})
+	sort.Sort(byPrefix(at))
 	for i := 1; i < len(at); i++ {
 		j := int32(i - 1)
 		for j >= 0 && !at[j].prefix.Contains(at[i].prefix.Addr()) {
@@ -38,12 +38,35 @@ func newPrefixes[T any](m map[netip.Prefix]T) prefixes[T] {
 		}
 		at[i].parent = j
 	}
-	return prefixes[T]{at}
+	return prefixes{at}
+}
+
+// byPrefix sorts by address, and the shorter prefix first.
+type byPrefix []entry
+
+func (s byPrefix) Len() int           { return len(s) }
+func (s byPrefix) Less(i, j int) bool { return comparePrefix(s[i].prefix, s[j].prefix) < 0 }
+func (s byPrefix) Swap(i, j int)      { s[i], s[j] = s[j], s[i] }
+
+func comparePrefix(a, b netip.Prefix) int {
+	if c := a.Addr().Compare(b.Addr()); c != 0 {
+		return c
+	}
+	return a.Bits() - b.Bits()
+}
+
+// split takes a map apart: values[i] belongs to keys[i].
+func split[V any](m map[netip.Prefix]V) (keys []netip.Prefix, values []V) {
+	keys, values = make([]netip.Prefix, 0, len(m)), make([]V, 0, len(m))
+	for k, v := range m {
+		keys, values = append(keys, k), append(values, v)
+	}
+	return keys, values
 }
 
 // find returns the index of the longest prefix that covers a, or -1. The
 // others are its ancestors.
-func (p *prefixes[T]) find(a netip.Addr) int32 {
+func (p *prefixes) find(a netip.Addr) int32 {
 	lo, hi := 0, len(p.at) // the first entry that starts behind a
 	for lo < hi {
 		m := int(uint(lo+hi) / 2)
