@@ -65,7 +65,7 @@ func (s *Server) publicMux() http.Handler {
 	return s.counted(mux)
 }
 
-// serveKey answers with the Noise public key (docs/protocol/control.md § Server key).
+// serveKey answers with the Noise public key (docs/protocol/control.md § The server's key).
 func (s *Server) serveKey(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
@@ -73,7 +73,7 @@ func (s *Server) serveKey(w http.ResponseWriter, r *http.Request) {
 }
 
 // serveUpgrade takes over the connection, runs the Noise handshake on it and hands it to the HTTP/2
-// server (docs/protocol/control.md § Upgrade).
+// server (docs/protocol/control.md § Opening the channel).
 func (s *Server) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), upgradeProtocol) {
 		http.Error(w, "want Upgrade: "+upgradeProtocol, http.StatusBadRequest)

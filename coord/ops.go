@@ -468,7 +468,7 @@ func (s *Server) AdmitRelayClient(nodeKey [32]byte, source netip.Addr) error {
 	return nil
 }
 
-// serveAdmit is the same over HTTP, as relays ask with a verification URL (docs/protocol/derp.md § Admission).
+// serveAdmit is the same over HTTP, as relays ask with a verification URL.
 func (s *Server) serveAdmit(w http.ResponseWriter, r *http.Request) {
 	var req struct {
 		NodePublic key.NodePublic

@@ -84,7 +84,7 @@ type refusal string
 
 func (e refusal) Error() string { return string(e) }
 
-// serveRegister answers POST /machine/register (docs/protocol/control.md § Registration).
+// serveRegister answers POST /machine/register (docs/protocol/control.md § POST /machine/register).
 func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 	from := remoteIP(r)
 	if wait := s.failures.blocked(from, time.Now()); wait > 0 {

@@ -49,6 +49,7 @@ func BenchmarkFanOut(b *testing.B) {
 			for b.Loop() {
 				x.expect(n - 1)
 				s.mu.Lock()
+				s.woken = time.Time{} // a change after a quiet time: nothing to wait for
 				nd := s.net.byKey[x.first]
 				nd.live.Disco = key.NewDisco().Public()
 				s.net.touch(nd, disco)

@@ -45,7 +45,7 @@ func (st *stream) poke() {
 // end makes the stream stop.
 func (st *stream) end() { st.once.Do(func() { close(st.stop) }) }
 
-// serveMap answers POST /machine/map (docs/protocol/control.md § Map).
+// serveMap answers POST /machine/map (docs/protocol/control.md § POST /machine/map).
 func (s *Server) serveMap(w http.ResponseWriter, r *http.Request) {
 	var req tailcfg.MapRequest
 	if !readJSON(w, r, maxMapBody, &req) {
