@@ -65,3 +65,22 @@ func cpu() time.Duration {
 	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
+
+// BenchmarkRoundTrip sends one packet there and one back, one at a time.
+func BenchmarkRoundTrip(b *testing.B) {
+	for _, r := range []string{"our relay", "upstream relay"} {
+		for _, c := range []string{"our client", "upstream client"} {
+			b.Run(r+"/"+c, func(b *testing.B) {
+				region := relays[r](b)
+				src, dst := peers[c](b, region, true), peers[c](b, region, true)
+				msg := make([]byte, 100)
+				for b.Loop() {
+					src.send(dst.key, msg)
+					within(b, "packet", dst.packets)
+					dst.send(src.key, msg)
+					within(b, "packet", src.packets)
+				}
+			})
+		}
+	}
+}

@@ -504,12 +504,12 @@ func (rs *Regions) watchIdle(r *region, c *Conn) *time.Timer {
 		mu.Lock()
 		defer mu.Unlock()
 		n := c.received.Load() + r.out.count()
-		if n == last {
+		if n == last && rs.Home() != r.id { // a former home has its idle time yet to come
 			quiet++
 		} else {
 			last, quiet = n, 0
 		}
-		if quiet >= looks && rs.Home() != r.id {
+		if quiet >= looks {
 			c.shut(errIdle)
 			return
 		}
