@@ -1,0 +1,7 @@
+//go:build !linux
+
+package udp
+
+import "errors"
+
+var errIO = errors.New("input/output error")
