@@ -29,7 +29,8 @@ import (
 	"log/slog"
 
 	"golang.org/x/crypto/curve25519"
-	"golang.org/x/crypto/nacl/box"
+	"golang.org/x/crypto/nacl/secretbox"
+	"golang.org/x/crypto/salsa20/salsa"
 )
 
 // Size is the length in bytes of every key, public and private.
@@ -195,22 +196,14 @@ func (p Private[R]) DH(pub Public[R]) ([Size]byte, error) {
 
 // Seal returns msg sealed by p for pub: a random 24-byte nonce, then the NaCl box.
 func (p Private[R]) Seal(pub Public[R], msg []byte) []byte {
-	var nonce [24]byte
-	rand.Read(nonce[:])
-	return box.Seal(nonce[:], msg, &nonce, &pub.k, &p.k)
+	s := p.Shared(pub)
+	return s.AppendSeal(nil, msg)
 }
 
 // Open opens what the holder of pub sealed for p, or returns [ErrOpen].
 func (p Private[R]) Open(pub Public[R], sealed []byte) ([]byte, error) {
-	if len(sealed) < 24+box.Overhead {
-		return nil, ErrOpen
-	}
-	nonce := [24]byte(sealed)
-	msg, ok := box.Open(nil, sealed[24:], &nonce, &pub.k, &p.k)
-	if !ok {
-		return nil, ErrOpen
-	}
-	return msg, nil
+	s := p.Shared(pub)
+	return s.AppendOpen(nil, sealed)
 }
 
 // Shared is the precomputed NaCl box key of two parties; it spares the scalar
@@ -220,9 +213,12 @@ type Shared struct {
 	k [Size]byte
 }
 
-// Shared returns the box key of p and pub.
+// Shared returns the box key of p and pub: crypto_box of NaCl is a secretbox
+// under HSalsa20 of the Curve25519 secret. (Package nacl/box does the same, and
+// links BLAKE2b for anonymous boxes that nobody here makes.)
 func (p Private[R]) Shared(pub Public[R]) (s Shared) {
-	box.Precompute(&s.k, &pub.k, &p.k)
+	dh, _ := p.DH(pub) // all zero for a point of low order, as in NaCl
+	salsa.HSalsa20(&s.k, new([16]byte), &dh, &salsa.Sigma)
 	return s
 }
 
@@ -230,16 +226,16 @@ func (p Private[R]) Shared(pub Public[R]) (s Shared) {
 func (s *Shared) AppendSeal(dst, msg []byte) []byte {
 	var nonce [24]byte
 	rand.Read(nonce[:])
-	return box.SealAfterPrecomputation(append(dst, nonce[:]...), msg, &nonce, &s.k)
+	return secretbox.Seal(append(dst, nonce[:]...), msg, &nonce, &s.k)
 }
 
 // AppendOpen appends to dst the message sealed in sealed, or returns [ErrOpen].
 func (s *Shared) AppendOpen(dst, sealed []byte) ([]byte, error) {
-	if len(sealed) < 24+box.Overhead {
+	if len(sealed) < 24+secretbox.Overhead {
 		return dst, ErrOpen
 	}
 	nonce := [24]byte(sealed)
-	out, ok := box.OpenAfterPrecomputation(dst, sealed[24:], &nonce, &s.k)
+	out, ok := secretbox.Open(dst, sealed[24:], &nonce, &s.k)
 	if !ok {
 		return dst, ErrOpen
 	}
