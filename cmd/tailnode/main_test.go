@@ -1,0 +1,337 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/tailnode/tailnode"
+	"github.com/tailnode/tailnode/coord"
+	"github.com/tailnode/tailnode/relay"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// output is what a command prints, readable while it runs.
+type output struct {
+	mu   sync.Mutex
+	buf  bytes.Buffer
+	more chan struct{} // closed and replaced at each write
+}
+
+func newOutput() *output { return &output{more: make(chan struct{})} }
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	close(o.more)
+	o.more = make(chan struct{})
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+// await blocks until the output holds s, and returns all of it.
+func (o *output) await(t *testing.T, s string) string {
+	t.Helper()
+	deadline := time.After(30 * time.Second)
+	for {
+		o.mu.Lock()
+		all, more := o.buf.String(), o.more
+		o.mu.Unlock()
+		if strings.Contains(all, s) {
+			return all
+		}
+		select {
+		case <-more:
+		case <-deadline:
+			t.Fatalf("%q does not come; so far: %s", s, all)
+		}
+	}
+}
+
+// command runs "tailnode args..." to its end.
+func command(t *testing.T, in string, args ...string) (code int, out, errs string) {
+	t.Helper()
+	o, e := newOutput(), newOutput()
+	code = run(t.Context(), append([]string{"tailnode"}, args...), strings.NewReader(in), o, e)
+	return code, o.String(), e.String()
+}
+
+// background runs "tailnode args..." until the test ends or stop is called.
+func background(t *testing.T, args ...string) (out *output, stop func() int) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	out = newOutput()
+	ended := make(chan int, 1)
+	go func() {
+		ended <- run(ctx, append([]string{"tailnode"}, args...), strings.NewReader(""), out, out)
+	}()
+	stop = sync.OnceValue(func() int { cancel(); return <-ended })
+	t.Cleanup(func() { stop() })
+	return out, stop
+}
+
+func TestDemo(t *testing.T) {
+	var both sync.WaitGroup // in parallel with itself, and then again
+	for range 2 {
+		both.Go(func() {
+			code, out, errs := command(t, "", "demo")
+			if code != 0 || errs != "" {
+				t.Errorf("exit code %d, said %q", code, errs)
+			}
+			for _, want := range []string{"web.tailnode.internal", "100.64.", "Hello, laptop", "path: ", "Mbit/s", "memory: "} {
+				if !strings.Contains(out, want) {
+					t.Errorf("the output does not hold %q:\n%s", want, out)
+				}
+			}
+		})
+	}
+	both.Wait()
+	code, out, _ := command(t, "", "demo", "--json")
+	var r demoResult
+	if err := json.Unmarshal([]byte(out), &r); code != 0 || err != nil || r.ThroughputMbits <= 0 || r.RoundTripMicros <= 0 || r.TransferredBytes != demoBytes {
+		t.Errorf("exit code %d, %v: %s", code, err, out)
+	}
+}
+
+// TestStay joins the demo's tailnet with the commands that it prints.
+func TestStay(t *testing.T) {
+	out, stop := background(t, "demo", "--stay")
+	text := out.await(t, "The server's URL is ")
+	var url, key string
+	if _, err := fmt.Sscanf(text[strings.Index(text, "TS_CONTROL_URL="):], "TS_CONTROL_URL=%s TS_AUTHKEY=%s", &url, &key); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TS_CONTROL_URL", url)
+	t.Setenv("TS_AUTHKEY", key)
+	dir := filepath.Join(t.TempDir(), "n")
+	code, got, errs := command(t, "GET / HTTP/1.0\r\n\r\n", "nc", "--ephemeral", "--dir", dir, "--hostname", "visitor", "web", "80")
+	if code != 0 || !strings.Contains(got, "Hello, visitor") {
+		t.Errorf("nc: exit code %d, %q, %q", code, got, errs)
+	}
+	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "-c", "2", "web")
+	if code != 0 || strings.Count(got, "reply from web (100.64.") != 2 {
+		t.Errorf("ping: exit code %d, %q, %q", code, got, errs)
+	}
+	if code := stop(); code != 0 {
+		t.Errorf("demo ended with %d", code)
+	}
+}
+
+// lab is a coordination server and a relay for the commands to join.
+func lab(t *testing.T) *coord.Server {
+	t.Helper()
+	rs := &relay.Server{Addr: "127.0.0.1:0"}
+	if err := rs.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { rs.Close() })
+	cs := &coord.Server{Relays: []coord.Region{coordRegion(rs.Region(relayRegion))}}
+	if err := cs.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cs.Close() })
+	key, err := cs.CreateAuthKey(coord.AuthKeyOptions{Reusable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TS_CONTROL_URL", cs.BaseURL())
+	t.Setenv("TS_AUTHKEY", key)
+	return cs
+}
+
+// TestUp asks a node that one command holds with others.
+func TestUp(t *testing.T) {
+	lab(t)
+	tmp := t.TempDir()
+	dirs := []string{filepath.Join(tmp, "a"), filepath.Join(tmp, "b")}
+	outA, stopA := background(t, "up", "--dir", dirs[0], "--hostname", "alpha")
+	outB, _ := background(t, "up", "--dir", dirs[1], "--hostname", "beta")
+	outA.await(t, "Ctrl-C")
+	outB.await(t, "Ctrl-C")
+
+	code, out, errs := command(t, "", "status", "--dir", dirs[0], "--json")
+	var st tailnode.Status
+	if err := json.Unmarshal([]byte(out), &st); code != 0 || err != nil || st.Self.HostName != "alpha" || st.BackendState != "Running" {
+		t.Errorf("status: exit code %d, %v: %s%s", code, err, out, errs)
+	}
+	code, out, errs = command(t, "", "status", "--dir", dirs[0])
+	if code != 0 || !strings.Contains(out, "alpha.tailnode.internal is running") || !strings.Contains(out, "this node, home relay") {
+		t.Errorf("status: exit code %d: %s%s", code, out, errs)
+	}
+	for _, typ := range []string{"disco", "TSMP", "ICMP"} {
+		code, out, errs = command(t, "", "ping", "--dir", dirs[0], "--type", typ, "-c", "1", "beta")
+		if code != 0 || !strings.Contains(out, "reply from beta") {
+			t.Errorf("ping %s: exit code %d: %s%s", typ, code, out, errs)
+		}
+	}
+	if code, _, errs = command(t, "", "ping", "--dir", dirs[0], "nobody"); code != exitUnreachable {
+		t.Errorf("ping of nobody: exit code %d: %s", code, errs)
+	}
+	if code, _, errs = command(t, "", "nc", "--dir", dirs[0], "beta", "9"); code != exitUnreachable || !strings.Contains(errs, "refused") {
+		t.Errorf("nc to a closed port: exit code %d: %s", code, errs)
+	}
+	if code := stopA(); code != 0 {
+		t.Errorf("up ended with %d: %s", code, outA)
+	}
+	if _, err := os.Stat(filepath.Join(dirs[0], socketName)); err == nil {
+		t.Error("the socket is still there")
+	}
+}
+
+func TestServe(t *testing.T) {
+	lab(t)
+	tmp := t.TempDir()
+	www := filepath.Join(tmp, "www")
+	if err := os.MkdirAll(www, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(www, "hello.txt"), []byte("hello from a folder"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tmp, "secret"), []byte("secret"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("../secret", filepath.Join(www, "link")); err != nil {
+		t.Fatal(err)
+	}
+	local, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello from a port") })}
+	go hs.Serve(local)
+	defer hs.Close()
+
+	folder, _ := background(t, "serve", "--dir", filepath.Join(tmp, "f"), "--hostname", "folder", www)
+	port, _ := background(t, "serve", "--dir", filepath.Join(tmp, "p"), "--hostname", "port", "--port", "80", local.Addr().String())
+	folder.await(t, "http://folder.tailnode.internal\n")
+	port.await(t, "port.tailnode.internal:80")
+
+	s := &tailnode.Server{Hostname: "client", Store: tailnode.NewMemoryStore()}
+	defer s.Close()
+	hc := s.HTTPClient()
+	defer hc.CloseIdleConnections()
+	for url, want := range map[string]string{
+		"http://folder/hello.txt": "hello from a folder",
+		"http://folder/link":      "!secret",
+		"http://port/":            "hello from a port",
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		body, err := get(ctx, hc, url)
+		cancel()
+		if no, ok := strings.CutPrefix(want, "!"); ok {
+			if err == nil || strings.Contains(body, no) {
+				t.Errorf("%s led out of the folder", url)
+			}
+		} else if err != nil || body != want {
+			t.Errorf("%s: %q, %v", url, body, err)
+		}
+	}
+}
+
+// TestControl administers a server that another command runs.
+func TestControl(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "c")
+	if code, _, errs := command(t, "", "control", "nodes", "--dir", dir); code != exitFailure || !strings.Contains(errs, "tailnode control") {
+		t.Errorf("without a server: exit code %d: %s", code, errs)
+	}
+	out, stop := background(t, "control", "--dir", dir, "--addr", "127.0.0.1:0", "--with-relay", "127.0.0.1:0")
+	var url string
+	if _, err := fmt.Sscanf(out.await(t, "join with it"), "The coordination server is at %s", &url); err != nil {
+		t.Fatal(err)
+	}
+	code, key, errs := command(t, "", "control", "auth-key", "--dir", dir, "--reusable", "--tag", "tag:web")
+	if code != 0 {
+		t.Fatalf("auth-key: exit code %d: %s", code, errs)
+	}
+	t.Setenv("TS_AUTHKEY", "")
+	node, stopNode := background(t, "up", "--dir", filepath.Join(dir, "n"), "--control-url", url, "--auth-key", strings.TrimSpace(key), "--hostname", "web")
+	node.await(t, "Ctrl-C")
+	code, list, errs := command(t, "", "control", "nodes", "--dir", dir)
+	if code != 0 || !strings.Contains(list, "web") || !strings.Contains(list, "tag:web") || !strings.Contains(list, "online") {
+		t.Errorf("nodes: exit code %d: %s%s", code, list, errs)
+	}
+	visitor, _ := background(t, "up", "--dir", filepath.Join(dir, "v"), "--control-url", url, "--hostname", "visitor")
+	text := visitor.await(t, "visit: ")
+	login := strings.Fields(text[strings.Index(text, "visit: "):])[1]
+	if code, _, errs := command(t, "", "control", "approve", "--dir", dir, login); code != 0 {
+		t.Errorf("approve: exit code %d: %s", code, errs)
+	}
+	visitor.await(t, "Ctrl-C")
+	if code, _, errs := command(t, "", "control", "delete", "--dir", dir, "visitor"); code != 0 {
+		t.Errorf("delete: exit code %d: %s", code, errs)
+	}
+	for _, sub := range []string{"auth-keys", "logins", "nodes"} {
+		code, out, errs := command(t, "", "control", sub, "--dir", dir, "--json")
+		if code != 0 || !json.Valid([]byte(out)) {
+			t.Errorf("%s --json: exit code %d: %s%s", sub, code, out, errs)
+		}
+	}
+	stopNode()
+	stop()
+}
+
+func TestRelay(t *testing.T) {
+	out, stop := background(t, "relay", "--addr", "127.0.0.1:0", "--stun-addr", "127.0.0.1:0", "--json")
+	text := out.await(t, "}\n")
+	var r relay.Region
+	if err := json.Unmarshal([]byte(text), &r); err != nil || r.RegionID != relayRegion || len(r.Nodes) != 1 || r.Nodes[0].DERPPort == 0 || r.Nodes[0].CertName == "" {
+		t.Errorf("%v: %s", err, text)
+	}
+	if code := stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+func TestUsage(t *testing.T) {
+	dir := t.TempDir()
+	for _, c := range []struct {
+		args []string
+		code int
+		says string
+	}{
+		{[]string{"help"}, 0, ""},
+		{[]string{}, 0, ""},
+		{[]string{"--version"}, 0, ""},
+		{[]string{"nonsense"}, exitUsage, "nonsense"},
+		{[]string{"up", "--nonsense"}, exitUsage, "nonsense"},
+		{[]string{"serve"}, exitUsage, "one argument"},
+		{[]string{"serve", "no/such/folder"}, exitUsage, "no/such/folder"},
+		{[]string{"nc", "x"}, exitUsage, "two arguments"},
+		{[]string{"ping"}, exitUsage, "one argument"},
+		{[]string{"relay", "--cert", "x"}, exitUsage, "--key"},
+		{[]string{"control", "nonsense"}, exitUsage, "nonsense"},
+		{[]string{"up", "--dir", dir, "--control-url", "ftp://x"}, exitUsage, "ftp://x"},
+		{[]string{"up", "--dir", dir, "--tag", "web"}, exitUsage, "tag:name"},
+		{[]string{"up", "--dir", dir, "--auth-key", "file:/no/such/file"}, exitFailure, "/no/such/file"},
+		{[]string{"up", "--dir", dir, "--control-url", "http://127.0.0.1:1", "--timeout", "100ms"}, exitTimeout, "refused"},
+	} {
+		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
+			code, out, errs := command(t, "", c.args...)
+			if code != c.code || !strings.Contains(errs, c.says) {
+				t.Errorf("exit code %d, want %d; said %q, want %q", code, c.code, errs, c.says)
+			}
+			if c.code == 0 && out == "" {
+				t.Error("nothing was printed")
+			}
+		})
+	}
+}
