@@ -126,6 +126,7 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 		if now := t.paths.Path(n.Key); now.Region != was.Region || now.Addr != was.Addr {
 			t.pathUp(n.Key)
 		}
+		t.restarted(n)
 	}
 	for _, n := range ch.Added {
 		t.paths.UpsertPeer(peerInfo(n))
