@@ -70,10 +70,9 @@ func (c *Client) newInner() *http.Transport {
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: 64 << 10,
 		HTTP2: &http.HTTP2Config{
-			// Map streams have keep-alives; this finds dead connections beneath the
-			// other long requests.
-			SendPingTimeout:           70 * time.Second,
-			PingTimeout:               15 * time.Second,
+			// No SendPingTimeout: its timer would keep a closed connection's memory for as
+			// long. Dead connections show in the map stream's watchdog and in the time
+			// limits of the other requests.
 			WriteByteTimeout:          30 * time.Second,
 			MaxReceiveBufferPerStream: 1 << 20,
 		},
