@@ -3,7 +3,6 @@ module github.com/tailnode/tailnode
 go 1.26.3
 
 require (
-	github.com/gaissmai/bart v0.30.0
 	github.com/klauspost/compress v1.20.3
 	github.com/urfave/cli/v3 v3.14.0
 	go.etcd.io/bbolt v1.5.0

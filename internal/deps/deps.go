@@ -4,7 +4,6 @@
 package deps
 
 import (
-	_ "github.com/gaissmai/bart"
 	_ "github.com/klauspost/compress/zstd"
 	_ "github.com/urfave/cli/v3"
 	_ "go.etcd.io/bbolt"

@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strings"
 
+	"github.com/tailnode/tailnode/internal/lpm"
 	"github.com/tailnode/tailnode/internal/packet"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -37,7 +38,7 @@ func Compile(rules []tailcfg.FilterRule, local []netip.Prefix, hasCap func(src n
 			c.local = append(c.local, p.Masked())
 		}
 	}
-	sort.Slice(c.local, func(i, j int) bool { return comparePrefix(c.local[i], c.local[j]) < 0 })
+	sort.Slice(c.local, func(i, j int) bool { return lpm.Compare(c.local[i], c.local[j]) < 0 })
 	c.local = slices.Compact(c.local)
 
 	bySrc := map[netip.Prefix][]int32{}
@@ -48,9 +49,9 @@ func Compile(rules []tailcfg.FilterRule, local []netip.Prefix, hasCap func(src n
 	}
 
 	f := &Filter{hasCap: hasCap, grants: c.grants}
-	f.local = newPrefixes(c.local)
+	f.local = lpm.New(c.local)
 	srcs, srcIDs := split(bySrc)
-	f.src = newPrefixes(srcs)
+	f.src = lpm.New(srcs)
 	for _, ids := range srcIDs {
 		f.accesses = append(f.accesses, c.access(ids))
 	}
@@ -59,7 +60,7 @@ func Compile(rules []tailcfg.FilterRule, local []netip.Prefix, hasCap func(src n
 	}
 	sort.Slice(f.capSrc, func(i, j int) bool { return f.capSrc[i].name < f.capSrc[j].name })
 	grantSrcs, grantIDs := split(grantsBySrc)
-	f.grantSrc, f.grantIDs = newPrefixes(grantSrcs), grantIDs
+	f.grantSrc, f.grantIDs = lpm.New(grantSrcs), grantIDs
 
 	if c.bad > 0 {
 		return f, fmt.Errorf("%w (%d left out): %w", ErrRule, c.bad, c.err)
@@ -207,7 +208,7 @@ func (c *compiler) access(ids []int32) *access {
 	for i, ps := range values {
 		values[i] = ps.merged()
 	}
-	a := &access{newPrefixes(keys), values}
+	a := &access{lpm.New(keys), values}
 	c.accesses[string(k)] = a
 	return a
 }

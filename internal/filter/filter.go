@@ -14,6 +14,7 @@ import (
 	"sort"
 	"time"
 
+	"github.com/tailnode/tailnode/internal/lpm"
 	"github.com/tailnode/tailnode/internal/packet"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -60,20 +61,20 @@ func (v Verdict) String() string {
 // Filter holds compiled rules. It is immutable and safe for concurrent use. A
 // nil Filter lets nothing in and everything out.
 type Filter struct {
-	local    prefixes
-	src      prefixes
+	local    lpm.Table
+	src      lpm.Table
 	accesses []*access // of src
 	capSrc   []capAccess
 	hasCap   func(netip.Addr, tailcfg.NodeCapability) bool
 	grants   []grantRule
-	grantSrc prefixes
+	grantSrc lpm.Table
 	grantIDs [][]int32 // of grantSrc: indexes of grants
 	shields  bool
 }
 
 // access is what a source may reach.
 type access struct {
-	dst   prefixes
+	dst   lpm.Table
 	ports []ports // of dst
 }
 
@@ -115,7 +116,7 @@ func (f *Filter) In(p *packet.Parsed, fl *Flows, now time.Time) Verdict {
 		return v
 	}
 	src, dst := p.Src.Addr(), p.Dst.Addr()
-	if f.local.find(dst) < 0 {
+	if f.local.Find(dst) < 0 {
 		return DropNotLocal
 	}
 	if src.IsUnspecified() || src.IsMulticast() || src.IsLoopback() {
@@ -201,8 +202,8 @@ const (
 
 func (f *Filter) match(p *packet.Parsed, k matchKind) bool {
 	src := p.Src.Addr()
-	for i := f.src.find(src); i >= 0; i = f.src.at[i].parent {
-		if f.accesses[f.src.at[i].value].allows(p, k) {
+	for i := f.src.Find(src); i >= 0; i = f.src.Parent(i) {
+		if f.accesses[f.src.Key(i)].allows(p, k) {
 			return true
 		}
 	}
@@ -219,11 +220,11 @@ func (f *Filter) match(p *packet.Parsed, k matchKind) bool {
 }
 
 func (a *access) allows(p *packet.Parsed, k matchKind) bool {
-	for i := a.dst.find(p.Dst.Addr()); i >= 0; i = a.dst.at[i].parent {
+	for i := a.dst.Find(p.Dst.Addr()); i >= 0; i = a.dst.Parent(i) {
 		if k == matchAny {
 			return true
 		}
-		ps := a.ports[a.dst.at[i].value]
+		ps := a.ports[a.dst.Key(i)]
 		for j := range ps {
 			if ps[j].proto != p.Proto {
 				continue
@@ -259,8 +260,8 @@ func (f *Filter) Caps(src, dst netip.Addr) tailcfg.PeerCapMap {
 		return nil
 	}
 	var ids []int32
-	for i := f.grantSrc.find(src); i >= 0; i = f.grantSrc.at[i].parent {
-		ids = append(ids, f.grantIDs[f.grantSrc.at[i].value]...)
+	for i := f.grantSrc.Find(src); i >= 0; i = f.grantSrc.Parent(i) {
+		ids = append(ids, f.grantIDs[f.grantSrc.Key(i)]...)
 	}
 	sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
 	var out tailcfg.PeerCapMap

@@ -12,8 +12,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/gaissmai/bart"
-
+	"github.com/tailnode/tailnode/internal/lpm"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -61,10 +60,7 @@ type Builder struct {
 	cur     *Map
 	filters map[string][]tailcfg.FilterRule
 	intern  interner
-	// contested holds the prefixes in the routing table that several peers claim, with the
-	// claimants by ascending ID. The first one has it.
-	contested map[netip.Prefix][]tailcfg.NodeID
-	fresh     bool
+	fresh   bool
 }
 
 // NewBuilder returns a Builder that expects the first response of a stream.
@@ -469,36 +465,33 @@ func (a *apply) commit(changed map[tailcfg.NodeID]*Node) error {
 		a.rebuildAll(e)
 		return nil
 	}
-	m.peers, m.keys, m.stable, m.names, m.addrs, m.routes = old.peers, old.keys, old.stable, old.names, old.addrs, old.routes
-	if m.routes == nil {
-		m.routes = new(bart.Table[*Node])
-	}
+	m.peers, m.keys, m.stable, m.names, m.addrs = old.peers, old.keys, old.stable, old.names, old.addrs
+	m.routes, m.owners = old.routes, old.owners
+	reroute := false
 	for _, n := range a.c.Removed {
 		m.unindex(e, n)
-		a.unroute(n)
+		reroute = reroute || hasRoutes(n)
 		m.peers = m.peers.without(n.ID)
 	}
 	for _, n := range a.c.Changed {
 		was := old.peers.get(n.ID)
-		routes := slices.Equal(was.AllowedIPs, n.AllowedIPs)
-		if routes && was.Key == n.Key && was.StableID == n.StableID && was.Name == n.Name && slices.Equal(was.Addresses, n.Addresses) {
+		sameIPs := slices.Equal(was.AllowedIPs, n.AllowedIPs)
+		if sameIPs && was.Key == n.Key && was.StableID == n.StableID && was.Name == n.Name && slices.Equal(was.Addresses, n.Addresses) {
 			m.eachIndex(n, func(x *index, h uint64) { x.replace(e, h, was, n) })
 		} else {
 			m.unindex(e, was)
 			m.index(e, n)
 		}
-		if routes {
-			a.reroute(n)
-		} else {
-			a.unroute(was)
-			a.route(n)
-		}
+		reroute = reroute || !sameIPs && (hasRoutes(was) || hasRoutes(n))
 		m.peers = m.peers.with(n)
 	}
 	for _, n := range a.c.Added {
 		m.index(e, n)
-		a.route(n)
+		reroute = reroute || hasRoutes(n)
 		m.peers = m.peers.with(n)
+	}
+	if reroute {
+		m.reroute()
 	}
 	return nil
 }
@@ -532,19 +525,10 @@ func (a *apply) rebuildAll(e *edit) {
 	slices.SortFunc(nodes, func(x, y *Node) int { return cmp.Compare(x.ID, y.ID) })
 	m.peers = newList(nodes)
 	m.keys, m.stable, m.names, m.addrs = index{}, index{}, index{}, index{}
-	m.routes = new(bart.Table[*Node])
-	a.b.contested = nil
 	for _, n := range nodes {
 		m.index(e, n)
-		for _, p := range tableRoutes(n) {
-			if has, ok := m.routes.Get(p); ok {
-				a.contest(p, has.ID)
-				a.contest(p, n.ID)
-				continue // nodes come by ascending ID
-			}
-			m.routes.Insert(p, n)
-		}
 	}
+	m.reroute()
 }
 
 func (m *Map) index(e *edit, n *Node) {
@@ -594,61 +578,27 @@ func tableRoutes(n *Node) iter.Seq2[int, netip.Prefix] {
 	}
 }
 
-func (a *apply) contest(p netip.Prefix, id tailcfg.NodeID) {
-	if a.b.contested == nil {
-		a.b.contested = map[netip.Prefix][]tailcfg.NodeID{}
+func hasRoutes(n *Node) bool {
+	for range tableRoutes(n) {
+		return true
 	}
-	ids := a.b.contested[p]
-	if i, ok := slices.BinarySearch(ids, id); !ok {
-		a.b.contested[p] = slices.Insert(ids, i, id)
-	}
+	return false
 }
 
-// route gives n its prefixes, but for those that a peer with a lower ID has.
-func (a *apply) route(n *Node) {
-	for _, p := range tableRoutes(n) {
-		if has, ok := a.m.routes.Get(p); ok && has.ID != n.ID {
-			a.contest(p, has.ID)
-			a.contest(p, n.ID)
-			if has.ID < n.ID {
-				continue
+// reroute makes the routing table anew. Routes change seldom, and most peers
+// have none. The table names its peers by ID, so it stays when anything else
+// about them changes.
+func (m *Map) reroute() {
+	var keys []netip.Prefix
+	var owners []tailcfg.NodeID
+	seen := map[netip.Prefix]struct{}{}
+	for n := range m.All() { // by ascending ID: the first that claims a prefix has it
+		for _, p := range tableRoutes(n) {
+			if _, ok := seen[p]; !ok {
+				seen[p] = struct{}{}
+				keys, owners = append(keys, p), append(owners, n.ID)
 			}
 		}
-		a.m.routes = a.m.routes.InsertPersist(p, n)
 	}
-}
-
-// reroute puts n in the place of its former self.
-func (a *apply) reroute(n *Node) {
-	for _, p := range tableRoutes(n) {
-		if has, ok := a.m.routes.Get(p); ok && has.ID == n.ID {
-			a.m.routes = a.m.routes.InsertPersist(p, n)
-		}
-	}
-}
-
-// unroute takes n's prefixes from it and gives contested ones to the next.
-func (a *apply) unroute(n *Node) {
-	for _, p := range tableRoutes(n) {
-		var next *Node
-		if ids, ok := a.b.contested[p]; ok {
-			ids = slices.DeleteFunc(slices.Clone(ids), func(id tailcfg.NodeID) bool { return id == n.ID })
-			if len(ids) > 0 {
-				next = a.m.peers.get(ids[0])
-			}
-			if len(ids) > 1 {
-				a.b.contested[p] = ids
-			} else {
-				delete(a.b.contested, p)
-			}
-		}
-		has, ok := a.m.routes.Get(p)
-		switch {
-		case !ok || has.ID != n.ID:
-		case next != nil:
-			a.m.routes = a.m.routes.InsertPersist(p, next)
-		default:
-			a.m.routes = a.m.routes.DeletePersist(p)
-		}
-	}
+	m.routes, m.owners = lpm.New(keys), owners
 }

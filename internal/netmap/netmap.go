@@ -11,9 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/gaissmai/bart"
-
 	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/lpm"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -38,8 +37,9 @@ type Map struct {
 	keys   index
 	stable index
 	names  index
-	addrs  index              // single addresses in Addresses and AllowedIPs
-	routes *bart.Table[*Node] // all other routes
+	addrs  index            // single addresses in Addresses and AllowedIPs
+	routes lpm.Table        // all other routes
+	owners []tailcfg.NodeID // of routes
 	seed   maphash.Seed
 }
 
@@ -105,7 +105,7 @@ func (m *Map) PeerByAddr(a netip.Addr) *Node {
 // returns nil for this node's own addresses. Default
 // routes (0.0.0.0/0, ::/0) do not count: an exit node is used by choice only.
 func (m *Map) Route(a netip.Addr) *Node {
-	if m == nil || m.routes == nil || m.Self != nil && m.Self.HasAddr(a) {
+	if m == nil || m.Self != nil && m.Self.HasAddr(a) {
 		return nil
 	}
 	if m.addrs.root != nil {
@@ -114,8 +114,10 @@ func (m *Map) Route(a netip.Addr) *Node {
 			return n
 		}
 	}
-	n, _ := m.routes.Lookup(a)
-	return n
+	if i := m.routes.Find(a); i >= 0 {
+		return m.peers.get(m.owners[m.routes.Key(i)])
+	}
+	return nil
 }
 
 func containsAddr(ps []netip.Prefix, a netip.Addr) bool {
