@@ -165,6 +165,7 @@ func (s *Server) startLocked() (err error) {
 		Version:    Version,
 		AuthURL:    s.showAuthURL,
 		RootCA:     s.RootCAs,
+		Port:       s.Port,
 		Logger:     s.logger(),
 	})
 	if err != nil {

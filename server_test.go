@@ -159,8 +159,8 @@ func TestPing(t *testing.T) {
 			if r.NodeName != "beta" || r.LatencySeconds <= 0 || r.IP != ip.String() {
 				t.Errorf("%s %v: %+v", typ, ip, r)
 			}
-			if typ == tailnode.PingDisco && r.DERPRegionCode != "here" {
-				t.Errorf("disco ping by region %q, want here", r.DERPRegionCode)
+			if typ == tailnode.PingDisco && (r.DERPRegionCode == "here") == (r.Endpoint != "") {
+				t.Errorf("disco ping by region %q and endpoint %q, want one of them", r.DERPRegionCode, r.Endpoint)
 			}
 		}
 	}

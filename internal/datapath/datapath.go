@@ -30,6 +30,7 @@ import (
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/netmap"
 	"github.com/tailnode/tailnode/internal/netstack"
+	"github.com/tailnode/tailnode/internal/path"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -51,7 +52,14 @@ type Config struct {
 	// RelayState, if not nil, is told when a relay's connection comes up or ends. It must not
 	// call the Engine.
 	RelayState func(region int, connected bool, err error)
-	Logger     *slog.Logger
+	// Port is the UDP port for direct paths, 0 for one that the system chooses.
+	Port uint16
+	// RelayOnly does without UDP.
+	RelayOnly bool
+	// Endpoints, if not nil, is told where this node may be reached directly, whenever that changes. It
+	// must not block or call the Engine.
+	Endpoints func(eps []path.Endpoint)
+	Logger    *slog.Logger
 }
 
 // Engine carries packets. All its methods are safe for concurrent use.
@@ -66,7 +74,8 @@ type Engine struct {
 	filter atomic.Pointer[filter.Filter]
 	trans  atomic.Pointer[transport]
 
-	home atomic.Int64
+	home   atomic.Int64
+	direct *direct // nil: relays only
 
 	mu     sync.Mutex // guards what follows, and serialises SetNetmap, SetNodeKey and Close
 	closed bool
@@ -84,12 +93,17 @@ func New(cfg Config) (*Engine, error) {
 		return nil, fmt.Errorf("datapath: %w", err)
 	}
 	e.stack = stack
+	e.openDirect()
 	t, err := e.newTransport(cfg.NodeKey)
 	if err != nil {
+		if e.direct != nil {
+			e.direct.socks.Close()
+		}
 		stack.Close()
 		return nil, err
 	}
 	e.trans.Store(t)
+	e.startDirect()
 	return e, nil
 }
 
@@ -114,6 +128,9 @@ func (e *Engine) Close() {
 	e.mu.Unlock()
 	close(e.waits.done)
 	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
+	if e.direct != nil {
+		e.direct.close()
+	}
 	e.trans.Load().close()
 }
 
@@ -134,6 +151,7 @@ func (e *Engine) SetNetmap(m *netmap.Map, ch netmap.Change) error {
 	t := e.trans.Load()
 	if first || ch.DERPMap {
 		t.relays.SetMap(m.DERPMap)
+		e.kickSTUN()
 	}
 	t.setPeers(m, ch, first)
 	if first || ch.Self {
@@ -172,7 +190,9 @@ func (e *Engine) SetNodeKey(k key.NodePrivate) error {
 		t.setPeers(m, netmap.Change{}, true)
 		t.relays.SetHome(e.Home())
 	}
+	e.setLocal(t)
 	old := e.trans.Swap(t)
+	e.kickSTUN()
 	old.close()
 	return nil
 }
@@ -186,6 +206,7 @@ func (e *Engine) SetHome(region int) {
 	}
 	e.home.Store(int64(region))
 	e.trans.Load().relays.SetHome(region)
+	e.kickSTUN()
 }
 
 // Home returns the home relay's region, 0 before there is one.

@@ -28,10 +28,20 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 		s.src, s.reply = src, s.t.paths.Reply(src)
 	}
 	plain, wp, err := s.t.dev.Receive(s.inbox.Room(len(b)), b, &s.reply)
-	if err != nil || plain == nil {
-		return // not authentic, or a handshake message or keepalive that is dealt with
+	if err != nil {
+		return // not authentic
 	}
-	s.packet(wp.Owner().(*peer), plain)
+	p, ok := wp.Owner().(*peer)
+	if !ok {
+		return
+	}
+	if src.Region == 0 {
+		p.path.Heard(src.Addr)
+	}
+	if plain == nil {
+		return // a handshake message or keepalive that is dealt with
+	}
+	s.packet(p, plain)
 }
 
 // connected reports whether a TCP packet that does not begin a connection may come in: always,

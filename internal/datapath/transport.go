@@ -27,6 +27,7 @@ type transport struct {
 type peer struct {
 	t     *transport
 	wg    *wg.Peer
+	path  *path.Peer
 	disco key.DiscoPublic // of the process that the session is with; guarded by t.mu
 }
 
@@ -50,13 +51,19 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 		Handler:    feed,
 		Logger:     e.log,
 	})
-	t.paths, err = path.New(path.Config{
-		NodeKey:  k.Public(),
-		DiscoKey: e.cfg.DiscoKey,
-		Relay:    t.relays,
-		NewSink:  func() path.Sink { return t.newSink() },
-		Logger:   e.log,
-	})
+	pc := path.Config{
+		NodeKey:   k.Public(),
+		DiscoKey:  e.cfg.DiscoKey,
+		Relay:     t.relays,
+		NewSink:   func() path.Sink { return t.newSink() },
+		Endpoints: e.cfg.Endpoints,
+		DirectUp:  func(p *path.Peer) { t.pathUp(p.Public()) },
+		Logger:    e.log,
+	}
+	if e.direct != nil {
+		pc.UDP = e.direct.socks
+	}
+	t.paths, err = path.New(pc)
 	if err != nil {
 		t.relays.Close()
 		t.dev.Close()
@@ -97,7 +104,7 @@ func (t *transport) peer(pub key.NodePublic) *peer {
 	if conduit == nil {
 		return nil
 	}
-	p = &peer{t: t, disco: n.DiscoKey}
+	p = &peer{t: t, path: conduit, disco: n.DiscoKey}
 	w, err := t.dev.AddPeer(pub, conduit, p)
 	if err != nil {
 		t.e.log.Warn("peer not usable", "peer", pub.ShortString(), "err", err)

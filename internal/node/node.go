@@ -25,6 +25,7 @@ import (
 	"github.com/tailnode/tailnode/internal/errcode"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/netmap"
+	"github.com/tailnode/tailnode/internal/path"
 	"github.com/tailnode/tailnode/internal/state"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -46,6 +47,7 @@ type Config struct {
 	// Dial reaches control and relays over the host's network; nil is net.Dialer's.
 	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
 	RootCA *x509.CertPool // nil is the system's
+	Port   uint16         // UDP port for direct paths; 0: the system chooses
 	Logger *slog.Logger
 }
 
@@ -95,6 +97,8 @@ type Node struct {
 	status  Status
 	changed chan struct{} // closed and replaced at every change of status
 	host    tailcfg.Hostinfo
+	eps     []path.Endpoint // where this node may be reached directly
+	hasSess bool            // sess is there to be told of them
 
 	closeOnce sync.Once
 	closed    chan struct{} // closed when Close is done
@@ -153,6 +157,8 @@ func Start(cfg Config) (*Node, error) {
 		Dial:       cfg.Dial,
 		RootCAs:    cfg.RootCA,
 		RelayState: n.relayState,
+		Port:       cfg.Port,
+		Endpoints:  n.setEndpoints,
 		Logger:     cfg.Logger,
 	})
 	if err != nil {
@@ -185,6 +191,7 @@ func Start(cfg Config) (*Node, error) {
 		n.engine.Close()
 		return nil, err
 	}
+	n.startEndpoints()
 	n.wg.Go(n.chooseHome)
 	n.sess.Start()
 	return n, nil

@@ -8,7 +8,7 @@ import (
 )
 
 // The direct side of a machine: candidate addresses, which of them works best, and for how long that may be
-// believed. See docs/protocol/paths.md §4. A machine that is never told of candidates does none of this.
+// believed. See docs/protocol/paths.md §4. Without a UDP socket a machine is never told of candidates and does none of this.
 const (
 	// sessionFor is how long after the last packet to a peer its path is looked after.
 	sessionFor = 45 * time.Second
@@ -217,11 +217,20 @@ func (mc *machine) sending(now, heard time.Time) {
 	if d.trafficSince.After(last) {
 		last = d.trafficSince
 	}
-	if d.suspectUntil.IsZero() && now.Sub(last) >= suspectAfter {
-		c := d.find(d.best)
-		mc.pingTo(now, c, nil)
-		d.suspectUntil = now.Add(max(suspectWait, 4*c.rtt))
+	if now.Sub(last) >= suspectAfter {
+		mc.suspect(now)
 	}
+}
+
+// suspect gives the path in use a last chance to answer: silence, or an error on sending, speaks against it.
+func (mc *machine) suspect(now time.Time) {
+	d := &mc.d
+	if !d.trusted(now) || !d.suspectUntil.IsZero() {
+		return
+	}
+	c := d.find(d.best)
+	mc.pingTo(now, c, nil)
+	d.suspectUntil = now.Add(max(suspectWait, 4*c.rtt))
 }
 
 // alive notes a sign of life by the path in use.

@@ -3,6 +3,7 @@ package path
 import (
 	"container/heap"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/disco"
@@ -19,6 +20,7 @@ const (
 	evDisco  eventKind = iota + 1 // src, pkt
 	evPing                        // req
 	evCancel                      // req
+	evStun                        // src, pkt
 )
 
 // event is what the owner of the machines is told.
@@ -36,8 +38,11 @@ type active struct {
 	disco  key.DiscoPublic
 	shared key.Shared
 	mc     *machine
+	info   *PeerInfo // whose endpoints the machine has
 	at     time.Time // when the machine wants tick
 	index  int       // in the heap
+
+	wantsCall bool // a call-me-maybe waits for fresh endpoints
 }
 
 // owner holds what belongs to the Manager's goroutine alone.
@@ -45,8 +50,11 @@ type owner struct {
 	m      *Manager
 	active map[*Peer]*active
 	due    dueHeap
-	plain  []byte // room for a plaintext
-	out    []byte // room for a sealed message
+	self   self
+	peers  []*Peer // room for the Manager's list
+	group  []*Peer // room for siblings
+	plain  []byte  // room for a plaintext
+	out    []byte  // room for a sealed message
 }
 
 // discoIn checks the outside of a sealed message and queues a copy of it. The expensive part, opening the box,
@@ -75,12 +83,19 @@ func (m *Manager) discoIn(src Source, p *Peer, b []byte) {
 // loop owns the machines until Close.
 func (m *Manager) loop() {
 	o := &owner{m: m, active: make(map[*Peer]*active)}
+	if u := m.cfg.UDP; u != nil {
+		o.self.v4, o.self.v6 = u.Ports()
+	}
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()
 	defer timer.Stop()
 	for {
-		if len(o.due) > 0 {
-			timer.Reset(max(0, time.Until(o.due[0].at)))
+		next := o.self.next()
+		if len(o.due) > 0 && (next.IsZero() || o.due[0].at.Before(next)) {
+			next = o.due[0].at
+		}
+		if !next.IsZero() {
+			timer.Reset(max(0, time.Until(next)))
 		} else {
 			timer.Stop()
 		}
@@ -89,6 +104,8 @@ func (m *Manager) loop() {
 			return
 		case ev := <-m.events:
 			o.handle(time.Now(), ev)
+		case <-m.wake:
+			o.look(time.Now())
 		case <-timer.C:
 			o.tick(time.Now())
 		}
@@ -122,35 +139,165 @@ func (o *owner) handle(now time.Time, ev event) {
 			return
 		}
 		o.plain = plain
-		o.message(now, a, ev.src, plain)
+		if b := o.message(now, a, ev.src, plain); b != a && b != nil {
+			o.run(now, b)
+		}
 		o.run(now, a)
+	case evStun:
+		o.m.stunWant.Add(1)
+		o.self.answer(now, ev.src.Addr, ev.pkt)
+		o.tickSelf(now)
 	}
 }
 
-// message acts on an authenticated message. Those that do not parse, and types that have no use here,
-// are ignored: they may come from a newer node.
-func (o *owner) message(now time.Time, a *active, src Source, plain []byte) {
-	typ, _, body, err := disco.Split(plain)
+// look takes what is to be done from the list of the Manager.
+func (o *owner) look(now time.Time) {
+	t := &o.m.todo
+	t.mu.Lock()
+	peers := t.peers
+	t.peers = o.peers[:0]
+	anew, changed := t.self, t.changed
+	t.self, t.changed = false, false
+	stun, local, mapped := t.stun, t.local, t.mapped
+	t.mu.Unlock()
+	if anew {
+		o.setSelf(now, stun, local, mapped, changed)
+	}
+	for i, p := range peers {
+		peers[i] = nil
+		flags := p.flags.Swap(0)
+		if flags&flagTraffic == 0 && o.active[p] == nil {
+			continue
+		}
+		a := o.get(now, p)
+		if a == nil {
+			continue
+		}
+		if flags&flagTraffic != 0 {
+			a.mc.sending(now, o.m.heard(p))
+			o.keepFresh(now)
+		}
+		if flags&flagFailed != 0 {
+			a.mc.suspect(now)
+		}
+		o.run(now, a)
+	}
+	if cap(peers) <= 1024 {
+		o.peers = peers[:0]
+	} else {
+		o.peers = nil
+	}
+}
+
+// heard returns when the path in use of p last showed life, zero for never.
+func (m *Manager) heard(p *Peer) time.Time {
+	if ns := p.heardAt.Load(); ns != 0 {
+		return m.start.Add(time.Duration(ns))
+	}
+	return time.Time{}
+}
+
+// setSelf takes what is new about this node's own network.
+func (o *owner) setSelf(now time.Time, servers []netip.AddrPort, local []netip.Addr, mapped []Endpoint, changed bool) {
+	s := &o.self
+	fresh := !slices.Equal(servers, s.servers) || changed
+	s.servers, s.local, s.mapped = servers, local, mapped
+	s.v4, s.v6 = o.m.cfg.UDP.Ports()
+	if changed {
+		s.public, s.fresh, s.silent = nil, time.Time{}, 0
+		o.m.noAnswer.Store(false)
+	}
+	if fresh {
+		s.endAt, s.settleAt = time.Time{}, time.Time{} // of a round with the servers or the network before
+		o.probeSelf(now)
+	}
+	if s.endAt.IsZero() { // else when its answers are in: one report is better than two
+		o.report()
+		o.calls(now)
+	}
+	if changed {
+		for _, a := range o.active {
+			a.mc.changed(now)
+			o.run(now, a)
+		}
+	}
+}
+
+// message acts on an authenticated message from the holder of a's disco key. Those that do not parse, and types
+// that have no use here, are ignored: they may come from a newer node. It returns the peer that the message is from: another
+// than a if several have the key.
+func (o *owner) message(now time.Time, a *active, src Source, plain []byte) *active {
+	typ, version, body, err := disco.Split(plain)
 	if err != nil {
-		return
+		return a
 	}
 	from := via{region: uint16(src.Region), addr: src.Addr}
 	switch typ {
 	case disco.TypePing:
-		if m, err := disco.ParsePing(body); err == nil {
-			observed := src.Addr
-			if src.Region != 0 {
-				observed = netip.AddrPortFrom(derpMagic, uint16(src.Region))
-			}
-			a.mc.gotPing(now, from, observed, &m)
+		m, err := disco.ParsePing(body)
+		if err != nil {
+			return a
 		}
+		observed := src.Addr
+		if src.Region != 0 {
+			observed = netip.AddrPortFrom(derpMagic, uint16(src.Region))
+		} else if a = o.sender(now, a, &m); a == nil {
+			return a
+		}
+		a.mc.gotPing(now, from, observed, &m)
 	case disco.TypePong:
-		if m, err := disco.ParsePong(body); err == nil {
-			if rtt := a.mc.gotPong(now, from, &m); rtt > 0 {
-				a.p.rtt.Store(int64(rtt))
+		m, err := disco.ParsePong(body)
+		if err != nil {
+			return a
+		}
+		rtt := a.mc.gotPong(now, from, &m)
+		if rtt == 0 && src.Region == 0 {
+			for _, p := range o.siblings(a.disco) { // the ping may have been for another node with that key
+				if b := o.active[p]; b != nil && b != a && b.disco == a.disco {
+					if rtt = b.mc.gotPong(now, from, &m); rtt > 0 {
+						a = b
+						break
+					}
+				}
 			}
+		}
+		if c := a.mc.d.find(a.mc.d.best); c != nil && c.rtt > 0 {
+			rtt = c.rtt
+		}
+		if rtt > 0 {
+			a.p.rtt.Store(int64(rtt))
+		}
+	case disco.TypeCallMeMaybe:
+		if src.Region != 0 && o.m.cfg.UDP != nil {
+			a.mc.callMeMaybe(now, disco.ParseCallMeMaybe(version, body, nil).Endpoints)
 		}
 	}
+	return a
+}
+
+// siblings returns the peers that have the disco key k. The slice is good until the next call.
+func (o *owner) siblings(k key.DiscoPublic) []*Peer {
+	o.group = o.group[:0]
+	o.m.mu.RLock()
+	for p := o.m.byDisco[k]; p != nil; p = p.sibling {
+		o.group = append(o.group, p)
+	}
+	o.m.mu.RUnlock()
+	return o.group
+}
+
+// sender returns which of the nodes with a's disco key has sent the ping m over UDP; nil for none. A ping without a node
+// key, of a very old node, is taken for one of a.
+func (o *owner) sender(now time.Time, a *active, m *disco.Ping) *active {
+	if m.NodeKey.IsZero() || m.NodeKey == a.p.key {
+		return a
+	}
+	for _, p := range o.siblings(a.disco) {
+		if p.key == m.NodeKey {
+			return o.get(now, p)
+		}
+	}
+	return nil
 }
 
 // get returns the peer's active entry, making or renewing it as needed; nil if the peer has left
@@ -167,9 +314,19 @@ func (o *owner) get(now time.Time, p *Peer) *active {
 	if a == nil {
 		a = &active{p: p, index: -1, mc: newMachine(now, randomTx)}
 		o.active[p] = a
+		p.active.Store(true)
 	}
 	if a.disco != k {
+		if !a.disco.IsZero() {
+			a.mc.changed(now) // it has started anew: nothing vouches for the path now
+		}
 		a.disco, a.shared = k, o.m.cfg.DiscoKey.Shared(k)
+	}
+	if info := p.info.Load(); info != a.info && o.m.cfg.UDP != nil {
+		if a.info == nil || !slices.Equal(a.info.Endpoints, info.Endpoints) {
+			a.mc.endpoints(now, info.Endpoints)
+		}
+		a.info = info
 	}
 	return a
 }
@@ -180,6 +337,9 @@ func (o *owner) drop(a *active) {
 		close(r.done)
 	}
 	delete(o.active, a.p)
+	a.p.active.Store(false)
+	a.p.route.Store(nil)
+	a.p.why.Store(whyIdle)
 	if a.index >= 0 {
 		heap.Remove(&o.due, a.index)
 	}
@@ -187,6 +347,7 @@ func (o *owner) drop(a *active) {
 
 // tick runs the machines that are due.
 func (o *owner) tick(now time.Time) {
+	o.tickSelf(now)
 	for len(o.due) > 0 && !o.due[0].at.After(now) {
 		a := o.due[0]
 		if o.get(now, a.p) == nil {
@@ -196,6 +357,7 @@ func (o *owner) tick(now time.Time) {
 			o.drop(a)
 			continue
 		}
+		a.mc.alive(o.m.heard(a.p))
 		a.mc.tick(now)
 		o.run(now, a)
 	}
@@ -215,10 +377,15 @@ func (o *owner) run(now time.Time, a *active) {
 			o.send(a, act.to)
 		case pingAnswer:
 			act.req.done <- act.result // has room for one, and is answered once
+		case sendCall:
+			o.call(now, a)
+		case setRoute:
+			o.setRoute(now, a, act)
 		}
 	}
 	clear(a.mc.acts)
 	a.mc.acts = a.mc.acts[:0]
+	a.p.why.Store(a.why(now))
 	a.at = a.mc.next()
 	if a.index >= 0 {
 		heap.Fix(&o.due, a.index)
@@ -227,17 +394,61 @@ func (o *owner) run(now time.Time, a *active) {
 	}
 }
 
+// setRoute puts a decision of the machine in force for the senders.
+func (o *owner) setRoute(now time.Time, a *active, act *action) {
+	old := a.p.route.Load()
+	if !act.to.addr.IsValid() || a.p.removed.Load() {
+		if old != nil {
+			a.p.route.Store(nil)
+			a.p.used.Store(0) // the relay is taken into use anew
+			o.m.log.Debug("path: relayed", "peer", a.p.key.ShortString())
+		}
+		return
+	}
+	rt := &route{addr: act.to.addr, until: int64(act.until.Sub(o.m.start)), since: now}
+	same := old != nil && old.addr == rt.addr && now.Before(o.m.start.Add(time.Duration(old.until)))
+	if same {
+		rt.since = old.since
+	}
+	a.p.route.Store(rt)
+	if same {
+		return
+	}
+	o.m.log.Debug("path: direct", "peer", a.p.key.ShortString(), "addr", rt.addr)
+	if f := o.m.cfg.DirectUp; f != nil {
+		f(a.p)
+	}
+}
+
+// why says why there is no direct path.
+func (a *active) why(now time.Time) uint32 {
+	switch d := &a.mc.d; {
+	case !d.inSession(now) && len(a.mc.reqs) == 0:
+		return whyIdle
+	case len(d.cands) == 0:
+		return whyNoEndpoints
+	case d.round <= len(firstRounds):
+		return whySearching
+	}
+	return whyNoReply
+}
+
 // send seals o.plain for a's peer and transmits it. A failure is what the network might do as
 // well; retries are the machine's.
 func (o *owner) send(a *active, to via) {
 	r := uint32(to.region)
-	if r == 0 {
-		r = a.p.region()
-	}
-	if r == 0 {
-		return
+	if r == 0 && !to.addr.IsValid() {
+		if r = a.p.region(); r == 0 {
+			return
+		}
 	}
 	o.out = disco.Seal(o.out[:0], o.m.discoPK, &a.shared, o.plain)
+	if r == 0 {
+		if u := o.m.cfg.UDP; u != nil {
+			u.Send(to.addr, o.out, len(o.out)) // not every candidate can be sent to
+		}
+		return
+	}
 	if err := o.m.cfg.Relay.Send(int(r), a.p.key, o.out, len(o.out)); err != nil {
 		o.m.log.Debug("path: discovery message not sent", "peer", a.p.key.ShortString(), "region", r, "err", err)
 	}

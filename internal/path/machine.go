@@ -102,6 +102,7 @@ func (mc *machine) sendFor(now time.Time, req *pingRequest) {
 	}
 	mc.send(now, via{}, req)
 	mc.pingAll(now, req)
+	mc.acts = append(mc.acts, action{kind: sendCall}) // so that the next ping may show a direct path
 }
 
 // send sends a ping and remembers it.

@@ -77,7 +77,15 @@ type Config struct {
 	NodeKey  key.NodePublic
 	DiscoKey key.DiscoPrivate
 	Relay    Relay
-	NewSink  func() Sink  // called once for each receive loop
+	NewSink  func() Sink // called once for each receive loop
+	// UDP sends to peers directly; nil: relays only. What it receives goes to [Manager.FromUDP].
+	UDP UDP
+	// Endpoints, if not nil, is told where this node may be reached whenever that changes. It runs on the
+	// Manager's goroutine: it must not block, nor wait for the Manager. eps is its own.
+	Endpoints func(eps []Endpoint)
+	// DirectUp, if not nil, is told that a peer has got a direct path that it had not before. It runs on
+	// the Manager's goroutine as well, and may send to the peer.
+	DirectUp func(p *Peer)
 	Logger   *slog.Logger // nil: silent
 }
 
@@ -116,7 +124,7 @@ type Manager struct {
 
 	mu      sync.RWMutex // guards the two
 	peers   map[key.NodePublic]*Peer
-	byDisco map[key.DiscoPublic]int // how many peers have this key
+	byDisco map[key.DiscoPublic]*Peer // the first of those with this key; Peer.sibling is the next
 
 	connected atomic.Pointer[[]uint16] // relay regions with a connection; never nil
 	sinkMu    sync.Mutex               // guards changes of sinks
@@ -126,6 +134,14 @@ type Manager struct {
 	done   chan struct{} // closed by Close
 	wg     sync.WaitGroup
 	events chan event
+
+	start    time.Time    // what times in atomics count from
+	clock    atomic.Int64 // when UDP packets last came, coarsely
+	noAnswer atomic.Bool  // STUN servers do not answer
+	stunWant atomic.Int32 // how many STUN responses may still be queued
+
+	wake chan struct{} // has room for one: todo is not empty
+	todo todo
 }
 
 // Peer is one peer. Its methods are safe for concurrent use.
@@ -141,6 +157,14 @@ type Peer struct {
 	removed atomic.Bool
 	since   atomic.Int64 // unix ns, of used
 	rtt     atomic.Int64 // ns
+
+	route   atomic.Pointer[route] // nil: by relay
+	told    atomic.Int64          // when the owner was last told of traffic, since Manager.start
+	heardAt atomic.Int64          // when the path in use last showed life, since Manager.start
+	flags   atomic.Uint32         // what the owner has not yet looked at
+	active  atomic.Bool           // it has a machine
+	why     atomic.Uint32         // why there is no direct path
+	sibling *Peer                 // guarded by Manager.mu
 }
 
 // goneBit marks a home region whose relay said that the peer is not there.
@@ -163,9 +187,11 @@ func New(cfg Config) (*Manager, error) {
 		log:     cfg.Logger,
 		discoPK: cfg.DiscoKey.Public(),
 		peers:   make(map[key.NodePublic]*Peer),
-		byDisco: make(map[key.DiscoPublic]int),
+		byDisco: make(map[key.DiscoPublic]*Peer),
 		done:    make(chan struct{}),
 		events:  make(chan event, 64),
+		start:   time.Now(),
+		wake:    make(chan struct{}, 1),
 	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
@@ -196,25 +222,39 @@ func (m *Manager) UpsertPeer(info PeerInfo) *Peer {
 	if p == nil {
 		p = &Peer{m: m, key: info.Key}
 		m.peers[info.Key] = p
-	} else {
-		m.dropDisco(p.info.Load().Disco)
+	} else if old := p.info.Load().Disco; old != info.Disco {
+		m.dropDisco(p, old)
 	}
-	if !info.Disco.IsZero() {
-		m.byDisco[info.Disco]++
+	if old := p.info.Load(); !info.Disco.IsZero() && (old == nil || old.Disco != info.Disco) {
+		p.sibling = m.byDisco[info.Disco]
+		m.byDisco[info.Disco] = p
 	}
 	p.info.Store(&info)
 	if h := uint32(info.HomeRegion); p.home.Load()&^goneBit != h {
 		p.home.Store(h)
 	}
+	p.infoChanged(&info)
 	return p
 }
 
-func (m *Manager) dropDisco(k key.DiscoPublic) {
-	if n := m.byDisco[k]; n > 1 {
-		m.byDisco[k] = n - 1
+// dropDisco takes p off the list of those with disco key k.
+func (m *Manager) dropDisco(p *Peer, k key.DiscoPublic) {
+	if k.IsZero() {
+		return
+	}
+	if first := m.byDisco[k]; first != p {
+		for q := first; q != nil; q = q.sibling {
+			if q.sibling == p {
+				q.sibling = p.sibling
+				break
+			}
+		}
+	} else if p.sibling != nil {
+		m.byDisco[k] = p.sibling
 	} else {
 		delete(m.byDisco, k)
 	}
+	p.sibling = nil
 }
 
 // RemovePeer removes a peer. Later sends by its [Peer] fail with [ErrUnknownPeer].
@@ -224,7 +264,9 @@ func (m *Manager) RemovePeer(k key.NodePublic) {
 	if p := m.peers[k]; p != nil {
 		p.removed.Store(true)
 		delete(m.peers, k)
-		m.dropDisco(p.info.Load().Disco)
+		m.dropDisco(p, p.info.Load().Disco)
+		p.route.Store(nil)
+		p.tell(flagInfo)
 	}
 }
 
@@ -249,6 +291,9 @@ func (p *Peer) Send(b []byte, seg int) error {
 	}
 	if p.removed.Load() {
 		return ErrUnknownPeer
+	}
+	if m.cfg.UDP != nil && p.sendDirect(b, seg) {
+		return nil
 	}
 	r := p.region()
 	if r == 0 {
@@ -309,6 +354,8 @@ func (r *Reply) Send(b []byte, seg int) error {
 		return ErrClosed
 	case r.src.Region != 0:
 		return r.m.cfg.Relay.Send(r.src.Region, r.src.Key, b, seg)
+	case r.m.cfg.UDP != nil && r.src.Addr.IsValid():
+		return r.m.cfg.UDP.Send(r.src.Addr, b, seg)
 	}
 	return ErrNoPath
 }
@@ -430,16 +477,14 @@ func (m *Manager) Path(k key.NodePublic) PathInfo {
 
 // Path says how the peer is reached now.
 func (p *Peer) Path() PathInfo {
+	if rt := p.direct(); rt != nil {
+		return PathInfo{Addr: rt.addr, RTT: time.Duration(p.rtt.Load()), Since: rt.since}
+	}
 	pi := PathInfo{Region: int(p.region()), RTT: time.Duration(p.rtt.Load())}
 	if ns := p.since.Load(); ns != 0 && int(p.used.Load()) == pi.Region {
 		pi.Since = time.Unix(0, ns)
 	}
-	switch info := p.info.Load(); {
-	case info.Disco.IsZero() && !info.WireGuardOnly:
-		pi.WhyNotDirect = "the peer does not take part in path discovery"
-	default:
-		pi.WhyNotDirect = "this node uses relays only"
-	}
+	pi.WhyNotDirect = p.whyNotDirect()
 	return pi
 }
 
@@ -458,7 +503,7 @@ func (m *Manager) Ping(ctx context.Context, k key.NodePublic, size int) (PingRes
 		return PingResult{}, ErrUnknownPeer
 	case p.info.Load().Disco.IsZero():
 		return PingResult{}, ErrNoDisco
-	case p.region() == 0:
+	case p.region() == 0 && (m.cfg.UDP == nil || p.direct() == nil && len(p.info.Load().Endpoints) == 0):
 		return PingResult{}, ErrNoPath
 	}
 	req := &pingRequest{

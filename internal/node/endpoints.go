@@ -1,0 +1,36 @@
+package node
+
+import (
+	"net/netip"
+
+	"github.com/tailnode/tailnode/internal/path"
+	"github.com/tailnode/tailnode/internal/tailcfg"
+)
+
+// setEndpoints takes where this node may be reached directly. It runs on the data path's goroutine.
+func (n *Node) setEndpoints(eps []path.Endpoint) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.eps = eps
+	if n.hasSess {
+		n.tellEndpoints()
+	}
+}
+
+// startEndpoints tells the session, which has just been made, what was found before it.
+func (n *Node) startEndpoints() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.hasSess = true
+	n.tellEndpoints()
+}
+
+// tellEndpoints tells control. n.mu is held; the session does not block.
+func (n *Node) tellEndpoints() {
+	addrs := make([]netip.AddrPort, len(n.eps))
+	types := make([]tailcfg.EndpointType, len(n.eps))
+	for i, e := range n.eps {
+		addrs[i], types[i] = e.Addr, e.Type
+	}
+	n.sess.SetEndpoints(addrs, types)
+}

@@ -1,0 +1,253 @@
+package path
+
+import (
+	"math"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/disco"
+	"github.com/tailnode/tailnode/internal/stun"
+	"github.com/tailnode/tailnode/internal/tailcfg"
+)
+
+// UDP is this node's sockets.
+type UDP interface {
+	// Send transmits the datagrams in b, each seg bytes but for the last, which may be shorter, to dst. It
+	// does not keep b, and blocks no longer than a socket does.
+	Send(dst netip.AddrPort, b []byte, seg int) error
+	// Ports returns the local ports, 0 for a family without a socket.
+	Ports() (v4, v6 uint16)
+}
+
+// Endpoint is an address at which this node may be reached.
+type Endpoint struct {
+	Addr netip.AddrPort
+	Type tailcfg.EndpointType
+}
+
+// route is the decision to send to an address. It is immutable.
+type route struct {
+	addr  netip.AddrPort
+	until int64 // since Manager.start
+	since time.Time
+}
+
+// tellEvery is how often the owner is told of traffic that goes on.
+const tellEvery = 250 * time.Millisecond
+
+// The flags of a Peer: what has happened.
+const (
+	flagTraffic uint32 = 1 << iota
+	flagInfo           // control said something new of it, or it was removed
+	flagFailed         // a socket refused to send to it
+)
+
+// todo is what the owner is to look at; the rest of the Manager puts it there without waiting.
+type todo struct {
+	mu      sync.Mutex
+	peers   []*Peer
+	self    bool // one of the following is new
+	changed bool
+	stun    []netip.AddrPort
+	local   []netip.Addr
+	mapped  []Endpoint
+}
+
+func (m *Manager) poke() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+// tell has the owner look at p.
+func (p *Peer) tell(flag uint32) {
+	if p.flags.Or(flag) != 0 {
+		return // it is in the list already
+	}
+	t := &p.m.todo
+	t.mu.Lock()
+	t.peers = append(t.peers, p)
+	t.mu.Unlock()
+	p.m.poke()
+}
+
+// now is the time since m.start.
+func (m *Manager) now() int64 { return int64(time.Since(m.start)) }
+
+// direct returns the route in force, nil if there is none.
+func (p *Peer) direct() *route {
+	if rt := p.route.Load(); rt != nil && p.m.now() < rt.until {
+		return rt
+	}
+	return nil
+}
+
+// sendDirect sends by the direct path if there is one, and reports whether it did.
+func (p *Peer) sendDirect(b []byte, seg int) bool {
+	now := p.m.now()
+	if told := p.told.Load(); (now-told >= int64(tellEvery) || told == 0) && p.told.CompareAndSwap(told, max(now, 1)) && !p.info.Load().WireGuardOnly {
+		p.tell(flagTraffic)
+	}
+	rt := p.route.Load()
+	if rt == nil || now >= rt.until {
+		return false
+	}
+	if p.m.cfg.UDP.Send(rt.addr, b, seg) != nil {
+		p.tell(flagFailed)
+		return false
+	}
+	return true
+}
+
+// Heard says that an authentic WireGuard message of this peer came from addr. It is what shows that
+// the path in use lives; for a WireGuard-only peer it also says where the peer is now (WireGuard paper §2.1).
+func (p *Peer) Heard(addr netip.AddrPort) {
+	rt := p.route.Load()
+	if rt != nil && rt.addr == addr {
+		if now := p.m.clock.Load(); p.heardAt.Load() != now {
+			p.heardAt.Store(now)
+		}
+		return
+	}
+	if addr.IsValid() && p.info.Load().WireGuardOnly && p.m.cfg.UDP != nil {
+		p.route.Store(&route{addr: addr, until: math.MaxInt64, since: time.Now()})
+	}
+}
+
+// infoChanged acts on what control says of the peer. The Manager is locked.
+func (p *Peer) infoChanged(info *PeerInfo) {
+	if p.m.cfg.UDP == nil {
+		return
+	}
+	if p.active.Load() {
+		p.tell(flagInfo)
+	}
+	if info.WireGuardOnly && p.route.Load() == nil {
+		v4, v6 := p.m.cfg.UDP.Ports()
+		for _, ap := range info.Endpoints {
+			if usable(ap) && (ap.Addr().Is4() && v4 != 0 || ap.Addr().Is6() && v6 != 0) {
+				p.route.Store(&route{addr: ap, until: math.MaxInt64, since: time.Now()})
+				break
+			}
+		}
+	}
+}
+
+// FromUDP takes the datagrams in b, each seg bytes but for the last, that came from src. socket tells the receive
+// loops apart; calls for one socket come one at a time. b is borrowed and may be changed. Data causes no allocation here.
+func (m *Manager) FromUDP(socket int, src netip.AddrPort, b []byte, seg int) {
+	if m.closed.Load() || m.cfg.UDP == nil || socket < 0 || seg <= 0 {
+		return
+	}
+	if src.Addr().Is4In6() {
+		src = netip.AddrPortFrom(src.Addr().Unmap(), src.Port())
+	}
+	m.clock.Store(m.now())
+	var s Sink
+	for len(b) > 0 {
+		n := min(seg, len(b))
+		pkt := b[:n:n]
+		b = b[n:]
+		switch {
+		case isWireGuard(pkt):
+			if s == nil {
+				s = m.sink(-1 - socket)
+			}
+			s.WireGuard(Source{Addr: src}, nil, pkt)
+		case disco.Is(pkt):
+			m.discoFromUDP(src, pkt)
+		case stun.Is(pkt):
+			m.stunIn(src, pkt)
+		}
+	}
+	if s != nil {
+		s.Flush()
+	}
+}
+
+func (m *Manager) discoFromUDP(src netip.AddrPort, b []byte) {
+	sender, ok := disco.Sender(b)
+	if !ok {
+		return
+	}
+	m.mu.RLock()
+	p := m.byDisco[sender]
+	m.mu.RUnlock()
+	m.discoIn(Source{Addr: src}, p, b)
+}
+
+// stunIn queues what may be an answer of a STUN server, as long as answers are awaited.
+func (m *Manager) stunIn(src netip.AddrPort, b []byte) {
+	if len(b) > 512 || m.stunWant.Add(-1) < 0 {
+		m.stunWant.Add(1)
+		return
+	}
+	select {
+	case m.events <- event{kind: evStun, src: Source{Addr: src}, pkt: slices.Clone(b)}:
+	default:
+		m.stunWant.Add(1)
+	}
+}
+
+// SetSTUN names the STUN servers, those to prefer first; some of them are asked. It does not block.
+func (m *Manager) SetSTUN(servers []netip.AddrPort) {
+	m.setSelf(func(t *todo) { t.stun = slices.Clone(servers) })
+}
+
+// SetLocal names the addresses of this host's interfaces. It does not block.
+func (m *Manager) SetLocal(addrs []netip.Addr) {
+	m.setSelf(func(t *todo) { t.local = slices.Clone(addrs) })
+}
+
+// SetMapped names endpoints that come from elsewhere, such as port mappings on the router. It does not block.
+func (m *Manager) SetMapped(eps []Endpoint) {
+	m.setSelf(func(t *todo) { t.mapped = slices.Clone(eps) })
+}
+
+// NetworkChanged says that the network of this host has changed or that the host has slept: paths and public
+// endpoints that were found before do not count any more. It does not block.
+func (m *Manager) NetworkChanged() { m.setSelf(func(t *todo) { t.changed = true }) }
+
+func (m *Manager) setSelf(f func(*todo)) {
+	if m.cfg.UDP == nil {
+		return
+	}
+	m.todo.mu.Lock()
+	f(&m.todo)
+	m.todo.self = true
+	m.todo.mu.Unlock()
+	m.poke()
+}
+
+// Why a peer is not reached directly, in Peer.why.
+const (
+	whyIdle uint32 = iota
+	whyNoEndpoints
+	whySearching
+	whyNoReply
+)
+
+func (p *Peer) whyNotDirect() string {
+	switch info := p.info.Load(); {
+	case p.m.cfg.UDP == nil:
+		return "this node uses relays only"
+	case info.Disco.IsZero() && !info.WireGuardOnly:
+		return "the peer does not take part in path discovery"
+	case info.WireGuardOnly:
+		return "no usable endpoint of the peer is known"
+	}
+	switch why := p.why.Load(); {
+	case why == whyIdle:
+		return "no traffic lately"
+	case p.m.noAnswer.Load():
+		return "UDP seems to be blocked: no STUN server answers"
+	case why == whyNoEndpoints:
+		return "no endpoint of the peer is known"
+	case why == whySearching:
+		return "still looking for a direct path"
+	}
+	return "the peer answers on none of its endpoints"
+}
