@@ -174,7 +174,6 @@ type session struct {
 	derp   map[int]*tailcfg.DERPRegion
 	users  map[tailcfg.UserID]tailcfg.UserProfile
 	last   *tailcfg.MapResponse
-	bytes  int
 }
 
 func (p *peerNode) open(ctx context.Context) (*http.Response, error) {

@@ -86,7 +86,6 @@ type Server struct {
 	base     string // URL without a slash at the end
 	public   http.Handler
 	failures *limiter
-	regs     sync.WaitGroup
 
 	mu       sync.Mutex
 	state    int // what of Start and Close was called

@@ -415,16 +415,21 @@ func TestTheUsersTLSConfigIsNotChanged(t *testing.T) {
 func TestStateIsPrivate(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "relay")
 	start(t, &Server{Dir: dir})
-	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	if err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
 		fi, err := d.Info()
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		if fi.Mode().Perm()&0o077 != 0 {
 			t.Errorf("%s: %v", path, fi.Mode())
 		}
 		return nil
-	})
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // What goes into DERP maps has the map's own names.

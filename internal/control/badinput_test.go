@@ -286,7 +286,7 @@ func TestMapStreamBadInput(t *testing.T) {
 	t.Run("refused", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			f := newFake(t)
-			f.mapFn = func(s *stream) { http.Error(s.w, "who?", 401) }
+			f.mapFn = func(s *stream) { http.Error(s.w, "who?", http.StatusUnauthorized) }
 			err := f.client(t).Map(t.Context(), &tailcfg.MapRequest{}, nil)
 			var e *HTTPError
 			if !errors.As(err, &e) || e.Status != 401 || e.Text != "who?" {

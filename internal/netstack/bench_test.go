@@ -15,7 +15,6 @@ type direct struct {
 	mu    sync.Mutex
 	queue []byte // whole packets, back to back
 	sizes []int
-	busy  bool
 	wake  chan struct{}
 	pkts  int
 	drops int

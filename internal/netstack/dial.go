@@ -83,7 +83,6 @@ type listener struct {
 	addr   netip.AddrPort
 	closed atomic.Bool
 	done   chan struct{}
-	once   sync.Once
 }
 
 // ListenTCP listens on addr: one of the node's addresses, 0.0.0.0 for all of its IPv4 addresses, or :: (or the zero

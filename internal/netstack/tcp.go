@@ -251,7 +251,8 @@ func (c *conn) WriteTo(w io.Writer) (int64, error) {
 // passOn waits for data and writes it to w.
 func (c *conn) passOn(w io.Writer) (int, error) {
 	c.rd.mu.Lock()
-	n, err := 0, errWouldBlock
+	var n int
+	var err error
 	var b *[64 << 10]byte
 	for {
 		b = copyBuffers.Get().(*[64 << 10]byte)
