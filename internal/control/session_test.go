@@ -158,7 +158,9 @@ func TestSessionLogin(t *testing.T) {
 	})
 	for _, answer := range []any{
 		&tailcfg.RegisterResponse{Error: "authkey expired"},
-		func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "authkey expired", http.StatusUnauthorized) },
+		func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "authkey expired", http.StatusUnauthorized)
+		},
 	} {
 		bubble("refused auth key", t, func(t *testing.T, f *fake, l *log) {
 			f.register = func(*tailcfg.RegisterRequest) any { return answer }
