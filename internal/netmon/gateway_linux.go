@@ -1,0 +1,56 @@
+package netmon
+
+import (
+	"bytes"
+	"encoding/binary"
+	"io"
+	"net/netip"
+	"os"
+	"strconv"
+)
+
+// maxRoutes bounds what is read of the routing table, whose default routes come first.
+const maxRoutes = 64 << 10
+
+func defaultGateway4() (netip.Addr, error) {
+	f, err := os.Open("/proc/net/route")
+	if err != nil {
+		return netip.Addr{}, ErrNoGateway // Android keeps it to itself
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxRoutes))
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	gw, ok := parseRoutes(b)
+	if !ok {
+		return netip.Addr{}, ErrNoGateway
+	}
+	return gw, nil
+}
+
+// parseRoutes returns the gateway of the default route with the least metric in the form of /proc/net/route: a heading, then
+//
+//	Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT
+//
+// with addresses as the hexadecimal of a number in the machine's order.
+func parseRoutes(b []byte) (best netip.Addr, ok bool) {
+	const up, gateway = 1, 2 // RTF_UP, RTF_GATEWAY
+	least := uint64(1 << 32)
+	for line := range bytes.Lines(b) {
+		f := bytes.Fields(line)
+		if len(f) < 8 || string(f[1]) != "00000000" || string(f[7]) != "00000000" {
+			continue
+		}
+		flags, err1 := strconv.ParseUint(string(f[3]), 16, 32)
+		metric, err2 := strconv.ParseUint(string(f[6]), 10, 32)
+		addr, err3 := strconv.ParseUint(string(f[2]), 16, 32)
+		if err1 != nil || err2 != nil || err3 != nil || flags&(up|gateway) != up|gateway || metric >= least {
+			continue
+		}
+		var a [4]byte
+		binary.NativeEndian.PutUint32(a[:], uint32(addr))
+		least, best, ok = metric, netip.AddrFrom4(a), true
+	}
+	return best, ok
+}
