@@ -69,9 +69,11 @@ type Engine struct {
 	stack *netstack.Stack
 	flows *filter.Flows
 	waits waits
+	dns   resolver
 
 	netmap atomic.Pointer[netmap.Map]
 	filter atomic.Pointer[filter.Filter]
+	jail   atomic.Pointer[filter.Filter] // for jailed peers: nothing but replies
 	trans  atomic.Pointer[transport]
 
 	home   atomic.Int64
@@ -88,6 +90,7 @@ func New(cfg Config) (*Engine, error) {
 	}
 	e := &Engine{cfg: cfg, log: cfg.Logger, flows: filter.NewFlows(maxFlows)}
 	e.waits.init()
+	e.dns.e = e
 	stack, err := netstack.New(netstack.Config{MTU: MTU, Output: (*output)(e), Logger: cfg.Logger})
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
@@ -127,6 +130,7 @@ func (e *Engine) Close() {
 	e.closed = true
 	e.mu.Unlock()
 	close(e.waits.done)
+	e.dns.close()
 	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
 	if e.direct != nil {
 		e.direct.close()
@@ -165,7 +169,16 @@ func (e *Engine) setFilter(m *netmap.Map) {
 	if err != nil { // what made no sense is left out, so that less is let in and not more
 		e.log.Warn("control's packet filter", "err", err)
 	}
+	e.jail.Store(f.Shielded())
 	e.filter.Store(f)
+}
+
+// filterFor returns the filter for what n sends, nil before there is one.
+func (e *Engine) filterFor(n *netmap.Node) *filter.Filter {
+	if n.IsJailed {
+		return e.jail.Load()
+	}
+	return e.filter.Load()
 }
 
 // hasCap asks the netmap in force, so that a filter outlives changes of capabilities.

@@ -72,18 +72,24 @@ func (s *sink) packet(p *peer, b []byte) {
 	if h.Decode(b) != nil {
 		return
 	}
-	m, f := e.netmap.Load(), e.filter.Load()
-	if m == nil || f == nil {
-		return // without a filter from control nothing comes in
+	m, at := e.netmap.Load(), now()
+	if m == nil {
+		return
 	}
 	// Cryptokey routing: the source address must be one that the netmap routes to this peer.
 	n := m.Route(h.Src.Addr())
-	if n == nil || n.Key != p.wg.Public() || n.Expired {
+	if n == nil || n.Key != p.wg.Public() || m.Expired(n, at) {
 		return
 	}
-	v := f.In(h, e.flows, now())
+	f := e.filterFor(n)
+	if f == nil {
+		return // without a filter from control nothing comes in
+	}
+	dst := h.Dst
+	unmask(m, n, h)
+	v := f.In(h, e.flows, at)
 	if !v.Accepted() {
-		e.rejected(p, h)
+		e.rejected(p, h, dst)
 		return
 	}
 	if v == filter.AcceptTCP && !s.connected(f, h) {

@@ -2,7 +2,9 @@ package datapath
 
 import (
 	"net/netip"
+	"time"
 
+	"github.com/tailnode/tailnode/internal/netmap"
 	"github.com/tailnode/tailnode/internal/netstack"
 	"github.com/tailnode/tailnode/internal/packet"
 )
@@ -18,34 +20,56 @@ func (o *output) WritePacket(p *netstack.Packet) {
 	if h.DecodeHeader(p.Header()) != nil {
 		return
 	}
-	pr := e.route(h.Dst.Addr())
+	if isDNS(&h) {
+		e.dns.ask(p)
+		return
+	}
+	m, at := e.netmap.Load(), now()
+	n, pr := e.route(m, h.Dst.Addr(), at)
 	if pr == nil {
 		return
 	}
 	f := e.filter.Load()
-	if f == nil || !f.Out(&h, e.flows, now()).Accepted() {
+	if f == nil || !f.Out(&h, e.flows, at).Accepted() {
 		return
 	}
-	pr.wg.Send(p) // an error is a lost packet, and the layers above expect those
+	// An error is a lost packet, and the layers above expect those.
+	if as, ok := masqFor(m, n, h.Src.Addr()); ok {
+		pr.wg.Send(&masqSource{Source: p, own: h.Src.Addr(), as: as})
+		return
+	}
+	pr.wg.Send(p)
 }
 
-// route returns the peer that packets to dst go to, or nil.
-func (e *Engine) route(dst netip.Addr) *peer {
-	n := e.netmap.Load().Route(dst)
-	if n == nil {
-		return nil
+// route returns the peer that packets to dst go to, or nil: there is none, or its key has expired.
+func (e *Engine) route(m *netmap.Map, dst netip.Addr, at time.Time) (*netmap.Node, *peer) {
+	n := m.Route(dst)
+	if n == nil || m.Expired(n, at) {
+		return nil, nil
 	}
-	return e.trans.Load().peer(n.Key)
+	return n, e.trans.Load().peer(n.Key)
 }
 
 // one is a wg.Source of a single packet.
 type one []byte
 
+// Next implements wg.Source.
 func (o *one) Next(dst []byte) int {
 	n := copy(dst, *o)
 	*o = nil
 	return n
 }
 
-// send seals one IP packet that the Engine made itself.
-func (p *peer) send(pkt []byte) error { return p.wg.Send((*one)(&pkt)) }
+// send seals one IP packet that the Engine made itself, whose source is the node's own address.
+func (p *peer) send(pkt []byte) error {
+	m := p.t.e.netmap.Load()
+	if n := m.PeerByKey(p.wg.Public()); n != nil && (n.Masq4.IsValid() || n.Masq6.IsValid()) {
+		var h packet.Parsed
+		if h.Decode(pkt) == nil {
+			if as, ok := masqFor(m, n, h.Src.Addr()); ok {
+				setAddr(&h, as, true)
+			}
+		}
+	}
+	return p.wg.Send((*one)(&pkt))
+}

@@ -69,12 +69,12 @@ func (e *Engine) intercept(p *peer, h *packet.Parsed) bool {
 }
 
 // rejected tells the sender of a connection attempt that the filter refuses it, so that its
-// dial fails at once instead of timing out.
-func (e *Engine) rejected(p *peer, h *packet.Parsed) {
+// dial fails at once instead of timing out. dst is the destination as the sender knows it.
+func (e *Engine) rejected(p *peer, h *packet.Parsed, dst netip.AddrPort) {
 	if h.Proto != packet.TCP || !h.IsSYN() {
 		return
 	}
-	b, err := packet.AppendReject(nil, packet.Reject{Proto: packet.TCP, Src: h.Src, Dst: h.Dst, Reason: packet.RejectedByACL})
+	b, err := packet.AppendReject(nil, packet.Reject{Proto: packet.TCP, Src: h.Src, Dst: dst, Reason: packet.RejectedByACL})
 	if err == nil {
 		p.send(b)
 	}
@@ -196,7 +196,7 @@ func (e *Engine) ping(ctx context.Context, addr netip.Addr, id pingID, build fun
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
 	for {
-		pr := e.route(addr)
+		_, pr := e.route(e.netmap.Load(), addr, now())
 		if pr == nil {
 			return 0, 0, ErrNoPeer
 		}
