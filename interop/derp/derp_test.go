@@ -177,8 +177,8 @@ func ourPeer(tb testing.TB, region *tailcfg.DERPRegion, keep bool) *peer {
 func upstreamPeer(tb testing.TB, region *tailcfg.DERPRegion, keep bool) *peer {
 	tb.Helper()
 	k := upkey.NewNode()
-	raw := k.Public().Raw32()
-	p := &peer{key: string(raw[:]), gone: make(chan string, 100), arrived: make(chan struct{}, 1), health: make(chan string, 100)}
+	raw := k.Public().AppendTo(nil)
+	p := &peer{key: string(raw), gone: make(chan string, 100), arrived: make(chan struct{}, 1), health: make(chan string, 100)}
 	if keep {
 		p.packets = make(chan packet, 1000)
 	}
@@ -207,11 +207,11 @@ func upstreamPeer(tb testing.TB, region *tailcfg.DERPRegion, keep bool) *peer {
 					p.tally()
 					continue
 				}
-				raw := m.Source.Raw32()
-				p.packets <- packet{string(raw[:]), string(m.Data)}
+				raw := m.Source.AppendTo(nil)
+				p.packets <- packet{string(raw), string(m.Data)}
 			case upderp.PeerGoneMessage:
-				raw := m.Peer.Raw32()
-				p.gone <- string(raw[:])
+				raw := m.Peer.AppendTo(nil)
+				p.gone <- string(raw)
 			case upderp.HealthMessage:
 				p.health <- m.Problem
 			}

@@ -7,12 +7,12 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"net"
 	"os"
 	"sync"
 	"testing"
 
-	"go4.org/mem"
 	upderp "tailscale.com/derp"
 	"tailscale.com/derp/derpserver"
 	upkey "tailscale.com/types/key"
@@ -41,7 +41,12 @@ func TestRecordUpstreamFlow(t *testing.T) {
 	if !*update {
 		t.Skip("records with -update only")
 	}
-	priv := func(b byte) upkey.NodePrivate { return upkey.NodePrivateFromRaw32(mem.B(bytes.Repeat([]byte{b}, 32))) }
+	priv := func(b byte) (k upkey.NodePrivate) {
+		if err := k.UnmarshalText(fmt.Appendf(nil, "privkey:%x", bytes.Repeat([]byte{b}, 32))); err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
 	s := derpserver.New(priv(0x11), t.Logf)
 	defer s.Close()
 	connect := func(k upkey.NodePrivate, opts ...upderp.ClientOpt) (c *upderp.Client, near, far *tap) {

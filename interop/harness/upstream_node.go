@@ -30,7 +30,6 @@ func init() {
 
 type upstreamNode struct {
 	srv *tsnet.Server
-	lc  *local.Client // nil before Up
 }
 
 // UpstreamNode makes a node of upstream's tsnet.
