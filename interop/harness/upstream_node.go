@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"strings"
 
-	"tailscale.com/client/local"
 	"tailscale.com/envknob"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/net/netns"
