@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"sort"
 	"strings"
 	"sync"
 	"time"
@@ -250,7 +251,7 @@ func (c *Client) dialPlan(ctx context.Context, ckey key.MachinePublic, plan *tai
 	if len(cands) == 0 {
 		return nil, nil
 	}
-	slices.SortStableFunc(cands, func(a, b tailcfg.ControlIPCandidate) int { return cmp.Compare(b.Priority, a.Priority) })
+	sort.SliceStable(cands, func(i, j int) bool { return cands[i].Priority > cands[j].Priority })
 	tries := make([]try, len(cands))
 	for i, p := range cands {
 		tries[i] = try{

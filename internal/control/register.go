@@ -30,8 +30,7 @@ func (c *Client) Register(ctx context.Context, req *tailcfg.RegisterRequest) (*t
 	}
 	if resp.StatusCode != http.StatusOK {
 		err := httpError(path, resp, time.Now())
-		var h *HTTPError
-		if errors.As(err, &h) && h.Text != "" && h.Status >= 400 && h.Status < 500 && h.Status != http.StatusRequestTimeout {
+		if h, ok := errors.AsType[*HTTPError](err); ok && h.Text != "" && h.Status >= 400 && h.Status < 500 && h.Status != http.StatusRequestTimeout {
 			// Some servers refuse by status. A long poll that ran out is no refusal.
 			return nil, fmt.Errorf("%w (%w)", &RegisterError{Message: h.Text, Terminal: r.Followup == ""}, err)
 		}

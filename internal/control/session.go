@@ -377,12 +377,12 @@ func (s *Session) loop() error {
 		if time.Since(began) > 10*time.Second && s.state == Connected {
 			bo.reset()
 		}
-		var refused *RegisterError
-		var status *HTTPError
-		var limit *RateLimitError
+		refused, isRefused := errors.AsType[*RegisterError](err)
+		status, isStatus := errors.AsType[*HTTPError](err)
+		limit, isLimit := errors.AsType[*RateLimitError](err)
 		wait := time.Duration(-1)
 		switch {
-		case errors.As(err, &refused) && refused.Terminal:
+		case isRefused && refused.Terminal:
 			return err
 		case errors.Is(err, ErrKeyExpired):
 			s.setRegistered(false)
@@ -390,9 +390,9 @@ func (s *Session) loop() error {
 			if bo.tries == 0 {
 				wait = 0
 			}
-		case errors.As(err, &limit):
+		case isLimit:
 			wait = limit.RetryAfter
-		case errors.As(err, &status) && status.Status >= 400 && status.Status < 500 && status.Status != 408:
+		case isStatus && status.Status >= 400 && status.Status < 500 && status.Status != 408:
 			// The server does not know this node (any more).
 			if s.setRegistered(false) && bo.tries == 0 {
 				wait = 0

@@ -32,9 +32,9 @@ func (s *Session) login(rotate bool) error {
 		if s.ctx.Err() != nil {
 			return context.Cause(s.ctx)
 		}
-		var refused *RegisterError
+		_, refused := errors.AsType[*RegisterError](err)
 		switch {
-		case req.Followup != "" && errors.As(err, &refused):
+		case req.Followup != "" && refused:
 			// That URL is no good any more: ask for another.
 			s.log.Info("control: the login by URL was refused", "err", err)
 			s.followup = ""

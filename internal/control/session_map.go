@@ -149,8 +149,7 @@ func (s *Session) update(ctx context.Context) {
 			}
 			s.log.Debug("control: update failed", "err", err)
 			wait := bo.next()
-			var rl *RateLimitError
-			if errors.As(err, &rl) {
+			if rl, ok := errors.AsType[*RateLimitError](err); ok {
 				wait = rl.RetryAfter
 			}
 			retry = time.NewTimer(wait)

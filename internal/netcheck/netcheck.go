@@ -398,8 +398,7 @@ func (c *check) receive(k Kind, pc net.PacketConn) {
 			if c.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 				return
 			}
-			var ne net.Error // an ICMP error that the system reports on the socket, as some do
-			if errors.As(err, &ne) {
+			if _, ok := errors.AsType[net.Error](err); ok { // an ICMP error that the system reports on the socket, as some do
 				continue
 			}
 			return

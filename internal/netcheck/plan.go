@@ -5,6 +5,7 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+	"sort"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -120,7 +121,7 @@ func Plan(dm *tailcfg.DERPMap, home int, last *Report, now time.Time, v4, v6 boo
 			plan = append(plan, Probe{r.RegionID, relays[try], TCP, at + time.Duration(try)*retransmit})
 		}
 	}
-	slices.SortStableFunc(plan, func(a, b Probe) int { return cmp.Compare(a.After, b.After) })
+	sort.SliceStable(plan, func(i, j int) bool { return plan[i].After < plan[j].After })
 	return plan
 }
 
@@ -146,7 +147,7 @@ func may(n *tailcfg.DERPNode, k Kind) bool {
 func fastest(regions []*tailcfg.DERPRegion, home int, last *Report) []*tailcfg.DERPRegion {
 	byLatency := slices.Clone(regions)
 	latency := func(r *tailcfg.DERPRegion) time.Duration { return last.Latency[r.RegionID] }
-	slices.SortStableFunc(byLatency, func(a, b *tailcfg.DERPRegion) int { return cmp.Compare(latency(a), latency(b)) })
+	sort.SliceStable(byLatency, func(i, j int) bool { return latency(byLatency[i]) < latency(byLatency[j]) })
 	measured := 0
 	keep := make(map[int]bool)
 	for _, r := range byLatency {

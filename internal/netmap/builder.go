@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"sort"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/lpm"
@@ -437,7 +438,8 @@ func (a *apply) commit(changed map[tailcfg.NodeID]*Node) error {
 			changed[self.ID] = nil // we got the ID of a former peer
 		}
 	}
-	ids := slices.Sorted(maps.Keys(changed))
+	ids := slices.Collect(maps.Keys(changed))
+	sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
 	for _, id := range ids {
 		was, is := old.peers.get(id), changed[id]
 		if is != nil && (is.ID == self.ID || is.Key == self.Key) {

@@ -71,8 +71,7 @@ func (c *EarlyConn) Read(p []byte) (int, error) {
 	if !c.past {
 		if c.err == nil {
 			if err := c.strip(); err != nil {
-				var t net.Error
-				if !errors.As(err, &t) || !t.Timeout() {
+				if t, ok := errors.AsType[net.Error](err); !ok || !t.Timeout() {
 					c.err = err
 				}
 				return 0, err
