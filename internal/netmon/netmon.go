@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sort"
 	"sync"
 	"time"
 )
@@ -75,7 +76,7 @@ func useful(addrs []netip.Addr) []netip.Addr {
 		return !a.IsValid() || a.IsLoopback() || a.IsMulticast() || a.IsUnspecified() ||
 			a.Is6() && a.IsLinkLocalUnicast() || tailnet6.Contains(a)
 	})
-	slices.SortFunc(addrs, netip.Addr.Compare)
+	sort.Slice(addrs, func(i, j int) bool { return addrs[i].Less(addrs[j]) })
 	return slices.Compact(addrs)
 }
 
