@@ -204,7 +204,7 @@ func mergeDERP(cur, d *tailcfg.DERPMap) *tailcfg.DERPMap {
 		out.Regions = make(map[int]*tailcfg.DERPRegion, len(d.Regions))
 		for id, r := range d.Regions {
 			if r != nil && id > 0 && id == region(id) {
-				out.Regions[id] = r
+				out.Regions[id] = cleanRegion(id, r)
 			}
 		}
 	}
@@ -221,6 +221,18 @@ func mergeDERP(cur, d *tailcfg.DERPMap) *tailcfg.DERPMap {
 		out.HomeParams = cur.HomeParams
 	}
 	return out
+}
+
+// cleanRegion returns r, or where r contradicts its place in the map or has nodes that are null,
+// a copy that does not.
+func cleanRegion(id int, r *tailcfg.DERPRegion) *tailcfg.DERPRegion {
+	if r.RegionID == id && !slices.Contains(r.Nodes, nil) {
+		return r
+	}
+	c := *r
+	c.RegionID = id
+	c.Nodes = slices.DeleteFunc(slices.Clone(r.Nodes), func(n *tailcfg.DERPNode) bool { return n == nil })
+	return &c
 }
 
 func (a *apply) applyFilters(r *tailcfg.MapResponse) {

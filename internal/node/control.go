@@ -23,9 +23,10 @@ type handler Node
 func (h *handler) NewNodeKey(k key.NodePrivate) error {
 	n := (*Node)(h)
 	n.mu.Lock()
-	n.saved.OldNodeKey = n.saved.NodeKey.Public()
-	n.saved.NodeKey, n.saved.Registered = k, false
-	err := n.save()
+	next := n.saved
+	next.OldNodeKey = next.NodeKey.Public()
+	next.NodeKey, next.Registered = k, false
+	err := n.save(next)
 	n.mu.Unlock()
 	if err != nil {
 		return err
@@ -55,8 +56,9 @@ func (h *handler) Registered(*tailcfg.RegisterResponse) {
 	if n.saved.Registered && n.saved.ControlKey == control {
 		return
 	}
-	n.saved.Registered, n.saved.OldNodeKey, n.saved.ControlKey = true, key.NodePublic{}, control
-	if err := n.save(); err != nil {
+	next := n.saved
+	next.Registered, next.OldNodeKey, next.ControlKey = true, key.NodePublic{}, control
+	if err := n.save(next); err != nil {
 		n.log.Error("the registration could not be stored; the next start will register again", "err", err)
 	}
 }

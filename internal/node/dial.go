@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tailnode/tailnode/internal/datapath"
 	"github.com/tailnode/tailnode/internal/dns"
 	"github.com/tailnode/tailnode/internal/errcode"
 	"github.com/tailnode/tailnode/internal/netmap"
@@ -85,7 +86,7 @@ func (n *Node) Dial(ctx context.Context, networkName, address string) (net.Conn,
 	if port == 0 {
 		return nil, errcode.New(errcode.InvalidArgument, "port 0 cannot be dialled")
 	}
-	addr, err := n.resolve(ctx, nw, host)
+	addr, err := n.resolve(ctx, nw, host, port)
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +126,15 @@ func (n *Node) whyNoAnswer(ctx context.Context, m *netmap.Map, dst netip.AddrPor
 var errNotYet = errors.New("not yet")
 
 // resolve finds the tailnet address that host means, waiting for it to appear.
-func (n *Node) resolve(ctx context.Context, nw network, host string) (addr netip.Addr, err error) {
+func (n *Node) resolve(ctx context.Context, nw network, host string, port uint16) (addr netip.Addr, err error) {
+	if ip, err := netip.ParseAddr(host); err == nil && datapath.IsService(ip) {
+		// The tailnet's DNS is this node itself, and speaks UDP alone: its answers are short.
+		if !nw.udp || port != 53 || !nw.accepts(ip) {
+			return ip, errcode.New(errcode.NotTailnet, "%v answers DNS over UDP, and nothing else", ip)
+		}
+		_, err = n.AwaitRunning(ctx)
+		return ip, err
+	}
 	_, err = n.awaitPeer(ctx, func(m *netmap.Map) error {
 		var err error
 		addr, err = lookup(m, nw, host)

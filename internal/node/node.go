@@ -229,18 +229,22 @@ func (n *Node) loadNode() error {
 	}
 	if n.saved.ControlURL != n.cfg.ControlURL {
 		// A node key belongs to one tailnet: another control server gets another key.
-		n.saved = saved{ControlURL: n.cfg.ControlURL, NodeKey: key.NewNode()}
-		return n.save()
+		return n.save(saved{ControlURL: n.cfg.ControlURL, NodeKey: key.NewNode()})
 	}
 	return nil
 }
 
-func (n *Node) save() error {
-	b, err := json.Marshal(n.saved)
+// save makes s what is saved, or after an error leaves what was.
+func (n *Node) save(s saved) error {
+	b, err := json.Marshal(s)
 	if err != nil {
 		return err
 	}
-	return stateErr(n.cfg.Store.WriteState(stateNode, b))
+	if err := n.cfg.Store.WriteState(stateNode, b); err != nil {
+		return stateErr(err)
+	}
+	n.saved = s
+	return nil
 }
 
 func stateErr(err error) error {

@@ -91,8 +91,8 @@ func dialRegion(ctx context.Context, o *Options, region *tailcfg.DERPRegion, out
 			timeout = lastDialTimeout
 		}
 		ideal := ""
-		if n != region.Nodes[0] {
-			ideal = region.Nodes[0].Name
+		if first := region.Nodes[0]; n != first && first != nil {
+			ideal = first.Name
 		}
 		c, err := dialNode(ctx, o, n, timeout, ideal, out)
 		if err == nil {
