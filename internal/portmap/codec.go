@@ -107,6 +107,9 @@ func parsePXP(b []byte) (r pxpReply, err error) {
 	r.version, r.op = b[0], b[1]&^opReply
 	switch r.version {
 	case pmpVersion:
+		if len(b) > 16 {
+			return r, errMalformed
+		}
 		r.result = binary.BigEndian.Uint16(b[2:])
 		if r.result != 0 {
 			// An error may be as short as this. It is also what a NAT-PMP router answers a PCP request, RFC 6887 appendix A.

@@ -10,7 +10,7 @@ import (
 
 const (
 	ssdpPort = 1900
-	// resend is when what has not been answered is sent once more.
+	// resend is when what has not been answered is sent once more, for the first time; the next takes twice as long.
 	resend = 150 * time.Millisecond
 	// grace is how long other protocols have after the first answer, where any of them will do.
 	grace = 100 * time.Millisecond
@@ -46,8 +46,6 @@ func (c *Client) discover(ctx context.Context, t target, window time.Duration, q
 		return f, err
 	}
 	defer pc.Close()
-	ctx, cancel := context.WithTimeout(ctx, window)
-	defer cancel()
 	stop := context.AfterFunc(ctx, func() { pc.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 
@@ -69,7 +67,7 @@ func (c *Client) discover(ctx context.Context, t target, window time.Duration, q
 	}
 	send()
 	start := time.Now()
-	again, until := start.Add(resend), start.Add(window)
+	wait, again, until := resend, start.Add(resend), start.Add(window)
 	graced := false
 	b := make([]byte, 2048)
 	for {
@@ -85,7 +83,7 @@ func (c *Client) discover(ctx context.Context, t target, window time.Duration, q
 			}
 		}
 		next := until
-		if !again.IsZero() && again.Before(until) {
+		if again.Before(until) {
 			next = again
 		}
 		pc.SetReadDeadline(next)
@@ -96,15 +94,16 @@ func (c *Client) discover(ctx context.Context, t target, window time.Duration, q
 		now := time.Now()
 		if err != nil {
 			switch {
-			case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
+			case ctx.Err() != nil:
 				return f, context.Cause(ctx)
-			case !now.Before(until) || ctx.Err() != nil:
+			case !now.Before(until):
 				return f, nil
-			case !again.IsZero() && !now.Before(again):
-				again = time.Time{}
-				send()
 			case errors.Is(err, net.ErrClosed):
 				return f, err
+			case !now.Before(again):
+				wait *= 2
+				again = now.Add(wait)
+				send()
 			}
 			continue
 		}

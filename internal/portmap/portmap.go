@@ -347,64 +347,62 @@ func (c *Client) step() (changed bool) {
 
 // acquire renews old, which may be nil, or makes a mapping with the best protocol that there is.
 func (c *Client) acquire(ctx context.Context, t target, old *mapping) (*mapping, error) {
-	if old != nil && (old.gw != t.gw || old.self != t.self) {
+	var prev netip.AddrPort
+	if old != nil && old.target != t {
 		old = nil
 	}
-	var prev netip.AddrPort
 	if old != nil {
 		prev = old.external
-		if old.target == t {
-			if m, err := c.renew(ctx, t, old); err == nil || ctx.Err() != nil {
+		if m, err := c.renew(ctx, t, old); err == nil || ctx.Err() != nil {
+			return m, err
+		}
+	}
+	var nonce [12]byte
+	rand.Read(nonce[:])
+	if old != nil && old.proto == PCP {
+		nonce = old.nonce
+	}
+	err := ErrNoService
+	var tried found
+	for _, quick := range []bool{true, false} { // if what answers first does not map after all, all have time to answer
+		f, e := c.discover(ctx, t, quickWindow, quick)
+		if e != nil {
+			return nil, e
+		}
+		var m *mapping
+		if f.pcp && !tried.pcp {
+			if m, err = c.mapPCP(ctx, t, prev, nonce); err == nil || ctx.Err() != nil {
 				return m, err
 			}
 		}
-	}
-	f, err := c.discover(ctx, t, quickWindow, true)
-	if err != nil {
-		return nil, err
-	}
-	err = ErrNoService
-	if f.pcp {
-		var nonce [12]byte
-		rand.Read(nonce[:])
-		if old != nil && old.proto == PCP {
-			nonce = old.nonce
+		if f.pmp && !tried.pmp {
+			if m, err = c.mapPMP(ctx, t, prev.Port(), f.pmpAddr); err == nil || ctx.Err() != nil {
+				return m, err
+			}
 		}
-		m, e := c.mapPCP(ctx, t, prev, nonce)
-		if e == nil || ctx.Err() != nil {
-			return m, e
+		if len(f.locations) > 0 {
+			if m, err = c.tryUPnP(ctx, t, f.locations, prev.Port()); err == nil || ctx.Err() != nil {
+				return m, err
+			}
 		}
-		err = e
-	}
-	if f.pmp {
-		m, e := c.mapPMP(ctx, t, prev.Port(), f.pmpAddr)
-		if e == nil || ctx.Err() != nil {
-			return m, e
-		}
-		err = e
-	}
-	if !c.cfg.DisableUPnP && len(f.locations) == 0 && f.any() && err != nil {
-		// What answered first does not map after all: give UPnP its time.
-		if f, e := c.discover(ctx, t, quickWindow, false); e == nil {
-			return c.tryUPnP(ctx, t, f.locations, prev.Port(), err)
+		if tried = f; len(f.locations) > 0 || !f.any() {
+			break
 		}
 	}
-	return c.tryUPnP(ctx, t, f.locations, prev.Port(), err)
+	return nil, err
 }
 
-func (c *Client) tryUPnP(ctx context.Context, t target, locations []location, prev uint16, err error) (*mapping, error) {
+func (c *Client) tryUPnP(ctx context.Context, t target, locations []location, prev uint16) (m *mapping, err error) {
 	for _, u := range locations {
-		services, e := c.describe(ctx, t.gw, u)
-		if e == nil {
-			var m *mapping
-			if m, e = c.mapUPnP(ctx, services, t, prev); e == nil {
+		var services []service
+		if services, err = c.describe(ctx, t.gw, u); err == nil {
+			if m, err = c.mapUPnP(ctx, services, t, prev); err == nil {
 				return m, nil
 			}
 		}
 		if ctx.Err() != nil {
-			return nil, e
+			break
 		}
-		err = e
 	}
 	return nil, err
 }

@@ -180,7 +180,9 @@ func parseDescription(doc []byte, at netip.AddrPort, path string) (out []service
 
 // resolve makes the service's control URL, which may be relative to base, absolute.
 func resolve(s *service, at netip.AddrPort, base string) bool {
-	s.at = at
+	if s.at = at; s.control == "" {
+		return false
+	}
 	if u, ok := parseURL(s.control); ok {
 		s.control = u.path
 		if u.port != 0 {
