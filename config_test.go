@@ -205,6 +205,7 @@ func TestDNS(t *testing.T) {
 	tn := newTailnet(t)
 	a, b := tn.up("alpha"), tn.up("beta")
 	ip4, ip6 := b.TailscaleIPs()
+	knows(t, a, ip4)
 	for _, at := range []string{"100.100.100.100:53", "[fd7a:115c:a1e0::53]:53"} {
 		r := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return a.Dial(ctx, network, at)
@@ -271,15 +272,8 @@ func TestTaggedNode(t *testing.T) {
 	if _, err := a.Up(withTimeout(t, 20*time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	lc, err := b.LocalClient()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// beta may hear of alpha a moment later than alpha is up.
-	if _, err := lc.Ping(withTimeout(t, 10*time.Second), first(a.TailscaleIPs()), tailnode.PingTSMP); err != nil {
-		t.Fatal(err)
-	}
-	who, err := lc.WhoIs(t.Context(), first(a.TailscaleIPs()).String())
+	ip4, _ := a.TailscaleIPs()
+	who, err := knows(t, b, ip4).WhoIs(t.Context(), ip4.String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +282,18 @@ func TestTaggedNode(t *testing.T) {
 	}
 }
 
-func first(a, _ netip.Addr) netip.Addr { return a }
+// knows waits until s has heard of the peer with ip, which is a moment after that is up.
+func knows(t *testing.T, s *tailnode.Server, ip netip.Addr) *tailnode.LocalClient {
+	t.Helper()
+	lc, err := s.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lc.Ping(withTimeout(t, 10*time.Second), ip, tailnode.PingTSMP); err != nil {
+		t.Fatal(err)
+	}
+	return lc
+}
 
 // TestLogsHoldNoSecrets reads all that a node says while it joins and works.
 func TestLogsHoldNoSecrets(t *testing.T) {
