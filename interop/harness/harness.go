@@ -61,6 +61,8 @@ type Peer struct {
 	Key    string
 	Addrs  []netip.Addr
 	Online bool
+	Direct string // address and port in use; "": its traffic takes a relay
+	Relay  string // code of its home relay
 }
 
 // Control is a coordination server on loopback.

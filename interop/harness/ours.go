@@ -78,7 +78,9 @@ func (n *ourNode) Status(ctx context.Context) (Status, error) {
 		out.Name, out.Key = st.Self.DNSName, st.Self.PublicKey.String()
 	}
 	for _, p := range st.Peer {
-		out.Peers[firstLabel(p.DNSName)] = Peer{Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online}
+		out.Peers[firstLabel(p.DNSName)] = Peer{
+			Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online, Direct: p.CurAddr, Relay: p.Relay,
+		}
 	}
 	return out, nil
 }

@@ -98,7 +98,9 @@ func (n *upstreamNode) Status(ctx context.Context) (Status, error) {
 }
 
 func upstreamPeer(p *ipnstate.PeerStatus) Peer {
-	return Peer{Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online}
+	return Peer{
+		Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online, Direct: p.CurAddr, Relay: p.Relay,
+	}
 }
 
 func (n *upstreamNode) Login(ctx context.Context) error {

@@ -1,0 +1,221 @@
+package nat
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tailnode/tailnode/interop/harness"
+)
+
+// kinds are the networks that the pairs are made of.
+var kinds = []kind{
+	{name: "open", v4: true},
+	{name: "firewall", v4: true, fw: true},
+	{name: "cone", v4: true, nat: cone},
+	{name: "cgnat", v4: true, nat: cone, carrier: true},
+	{name: "symmetric", v4: true, nat: symmetric},
+	{name: "noudp", v4: true, nat: cone, noUDP: true},
+	{name: "v6", v6: true},
+	{name: "v6fw", v6: true, fw: true},
+	{name: "dual", v4: true, nat: symmetric, v6: true, fw: true},
+}
+
+// direct says whether there is a direct path between nodes in networks of these kinds: whether what the one learns of its
+// own addresses is of use to the other, through what either lets in.
+func direct(a, b kind) bool {
+	if a.noUDP || b.noUDP {
+		return false
+	}
+	if a.v6 && b.v6 {
+		return true // firewalls let in what answers, and both send
+	}
+	if !a.v4 || !b.v4 {
+		return false
+	}
+	open := func(k kind) bool { return k.nat == public && !k.fw }
+	switch {
+	case open(a) || open(b):
+		return true // the other comes to it, from wherever that seems to be
+	case a.nat == symmetric || b.nat == symmetric:
+		return false // it comes from a port that the other's filter has not heard of
+	}
+	return true
+}
+
+const (
+	// directWithin bounds the time to a direct path, generously: the machine may be busy.
+	directWithin = 10 * time.Second
+	// relayFor is how long a pair without a direct path is watched for finding one.
+	relayFor = 2500 * time.Millisecond
+	pairSize = 2 << 20
+	atOnce   = 4
+)
+
+type result struct {
+	dialer, listener *proc
+	probe            probeResult
+	want             bool
+	mbps             float64
+}
+
+// TestPairs is the table: every kind of network with every other, our node with ours, and with upstream's both ways.
+func TestPairs(t *testing.T) {
+	require(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	l := newLab(ctx, t)
+	ks := kinds
+	if testing.Short() {
+		ks = slices.DeleteFunc(slices.Clone(ks), func(k kind) bool {
+			return k.name != "cone" && k.name != "symmetric" && k.name != "v6fw"
+		})
+	}
+	groups := []string{"a-ours", "b-ours", "c-upstream"}
+	baseline := os.Getenv("INTEROP_BASELINE") != ""
+	if baseline {
+		groups = append(groups, "d-upstream")
+	}
+	nodes := map[string][]*proc{}
+	var mu sync.Mutex
+	began := time.Now()
+	inParallel(t, func(run func(func() error)) {
+		for _, g := range groups {
+			nodes[g] = make([]*proc, len(ks))
+			for i, k := range ks {
+				s := l.newSite(k)
+				run(func() error {
+					n, err := l.node(ctx, s, g[2:], g+"-"+k.name)
+					mu.Lock()
+					nodes[g][i] = n
+					mu.Unlock()
+					return err
+				})
+			}
+		}
+	})
+	if t.Failed() {
+		return
+	}
+	for _, g := range groups { // everybody has heard of everybody
+		for _, n := range nodes[g] {
+			for _, h := range groups {
+				for _, m := range nodes[h] {
+					if m == n {
+						continue
+					}
+					if err := harness.Until(ctx, n.name+" to know "+m.name, func() (bool, error) {
+						p, err := n.path(ctx, m)
+						return err == nil && p.Relay != "", nil
+					}); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
+	}
+	t.Logf("%d nodes in %d networks after %v", len(groups)*len(ks), l.sites, time.Since(began).Round(time.Millisecond))
+
+	type pair struct{ dialer, listener *proc }
+	var pairs []pair
+	for i := range ks {
+		for j := range ks {
+			a, b, c := nodes["a-ours"], nodes["b-ours"], nodes["c-upstream"]
+			if i <= j {
+				pairs = append(pairs, pair{a[i], b[j]})
+			}
+			if (i+j)%2 == 0 {
+				pairs = append(pairs, pair{a[i], c[j]})
+			} else {
+				pairs = append(pairs, pair{c[j], a[i]})
+			}
+			if baseline && i <= j {
+				pairs = append(pairs, pair{c[i], nodes["d-upstream"][j]})
+			}
+		}
+	}
+	var results []result
+	inParallel(t, func(run func(func() error)) {
+		for _, p := range pairs {
+			run(func() error {
+				r, err := checkPair(ctx, p.dialer, p.listener)
+				if err != nil {
+					return fmt.Errorf("%s dials %s: %w", p.dialer.name, p.listener.name, err)
+				}
+				mu.Lock()
+				results = append(results, r)
+				mu.Unlock()
+				return nil
+			})
+		}
+	})
+	logTable(t, results)
+}
+
+// inParallel runs what f hands over, a few at a time, waits for all, and makes their errors t's.
+func inParallel(t *testing.T, f func(run func(func() error))) {
+	var wg sync.WaitGroup
+	room := make(chan struct{}, atOnce)
+	f(func(g func() error) {
+		wg.Go(func() {
+			room <- struct{}{}
+			defer func() { <-room }()
+			if err := g(); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+	wg.Wait()
+}
+
+func checkPair(ctx context.Context, dialer, listener *proc) (result, error) {
+	r := result{dialer: dialer, listener: listener, want: direct(dialer.site.kind, listener.site.kind)}
+	wait := relayFor
+	if r.want {
+		wait = directWithin
+	}
+	if err := dialer.call(ctx, "probe", probeArgs{listener.up.IP4, wait}, &r.probe); err != nil {
+		return r, err
+	}
+	var sent sendResult
+	if err := dialer.call(ctx, "send", sendArgs{listener.up.IP4, pairSize}, &sent); err != nil {
+		return r, err
+	}
+	if !sent.Same {
+		return r, fmt.Errorf("%d bytes arrived of %d, or not the same", sent.Bytes, pairSize)
+	}
+	r.mbps = pairSize * 8 / sent.Took.Seconds() / 1e6
+	switch isDirect := r.probe.Direct > 0; {
+	case r.want && !isDirect:
+		return r, fmt.Errorf("not direct after %v: %+v", wait, r.probe.Path)
+	case !r.want && isDirect:
+		return r, fmt.Errorf("direct, which should not be: %+v", r.probe.Path)
+	}
+	return r, nil
+}
+
+func logTable(t *testing.T, results []result) {
+	slices.SortFunc(results, func(a, b result) int {
+		return strings.Compare(a.dialer.who+a.listener.who+a.dialer.name+a.listener.name, b.dialer.who+b.listener.who+b.dialer.name+b.listener.name)
+	})
+	times := map[string][]time.Duration{}
+	for _, r := range results {
+		path := "relay"
+		if r.probe.Direct > 0 {
+			path = fmt.Sprintf("direct after %4d ms", r.probe.Direct.Milliseconds())
+			who := r.dialer.who + " dials " + r.listener.who
+			times[who] = append(times[who], r.probe.Direct)
+		}
+		t.Logf("%-8s %-9s -> %-8s %-9s  dial %4d ms  %-20s %6.0f Mbit/s",
+			r.dialer.who, r.dialer.site.kind.name, r.listener.who, r.listener.site.kind.name, r.probe.Dial.Milliseconds(), path, r.mbps)
+	}
+	for who, d := range times {
+		slices.Sort(d)
+		t.Logf("%s: %d direct, median %v, longest %v", who, len(d), d[len(d)/2].Round(time.Millisecond), d[len(d)-1].Round(time.Millisecond))
+	}
+}
