@@ -257,7 +257,7 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// Listen announces the server on the tailnet for "tcp", "tcp4" or "tcp6" and an address such
+// Listen announces the server on the tailnet for "tcp" (or ""), "tcp4" or "tcp6" and an address such
 // as ":80". Without a host it takes connections to any of the node's addresses, also those it
 // does not have yet, and does not wait for the network; with one of the node's addresses it waits until
 // the node has it. The listener ends with Close of either.

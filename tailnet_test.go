@@ -68,6 +68,16 @@ func TestListenErrors(t *testing.T) {
 	}
 	_, err = a.ListenPacket("tcp", ":82")
 	wantCode(t, err, tailnode.CodeUnsupported)
+	// One port, a listener for each family; and tsnet's empty network, which is tcp.
+	for _, network := range []string{"tcp4", "tcp6"} {
+		ln, err := a.Listen(network, ":83")
+		if err != nil {
+			t.Fatalf("%s: %v", network, err)
+		}
+		defer ln.Close()
+	}
+	_, err = a.Listen("", ":83")
+	wantCode(t, err, tailnode.CodeAddressInUse)
 }
 
 func TestUDP(t *testing.T) {

@@ -89,14 +89,24 @@ type listener struct {
 // ErrNotLocal, net.ErrClosed. It does not block. A connection reset before it is accepted is still returned by Accept,
 // and fails when used.
 func (s *Stack) ListenTCP(addr netip.AddrPort) (net.Listener, error) {
-	l, err := s.listenTCP(addr)
+	l, err := s.listenTCP(addr, false)
 	if err != nil {
 		return nil, opError("listen", "tcp", netip.AddrPort{}, addr, err)
 	}
 	return l, nil
 }
 
-func (s *Stack) listenTCP(addr netip.AddrPort) (*listener, error) {
+// ListenTCP6 is ListenTCP on all of the node's IPv6 addresses and no other: the port stays free for IPv4.
+func (s *Stack) ListenTCP6(port uint16) (net.Listener, error) {
+	addr := netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+	l, err := s.listenTCP(addr, true)
+	if err != nil {
+		return nil, opError("listen", "tcp6", netip.AddrPort{}, addr, err)
+	}
+	return l, nil
+}
+
+func (s *Stack) listenTCP(addr netip.AddrPort, only6 bool) (*listener, error) {
 	if s.life.Err() != nil {
 		return nil, net.ErrClosed
 	}
@@ -105,6 +115,7 @@ func (s *Stack) listenTCP(addr netip.AddrPort) (*listener, error) {
 	if terr != nil {
 		return nil, sysError(terr, false)
 	}
+	ep.SocketOptions().SetV6Only(only6)
 	if terr = ep.Bind(fullAddr(addr)); terr == nil {
 		terr = ep.Listen(s.cfg.Backlog)
 	}

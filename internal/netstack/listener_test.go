@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"net"
 	"net/netip"
 	"testing"
 )
@@ -42,4 +43,45 @@ func TestToListener(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { p.b.ToListener(to, from) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
+}
+
+// TestOneFamilyEach puts two listeners on one port, one for each family.
+func TestOneFamilyEach(t *testing.T) {
+	p := newPair(t, nil)
+	l6, err := p.b.ListenTCP6(80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l6.Close()
+	if c, err := p.a.DialTCP(t.Context(), netip.AddrPortFrom(b4, 80)); err == nil {
+		c.Close()
+		t.Error("a listener for IPv6 took an IPv4 connection")
+	}
+	l4, err := p.b.ListenTCP(netip.AddrPortFrom(netip.IPv4Unspecified(), 80))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l4.Close()
+	for ln, dst := range map[net.Listener]netip.Addr{l4: b4, l6: b6} {
+		c, err := p.a.DialTCP(t.Context(), netip.AddrPortFrom(dst, 80))
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		in.Close()
+		c.Close()
+	}
+	u6, err := p.b.ListenUDP6(53)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u6.Close()
+	u4, err := p.b.ListenUDP(netip.AddrPortFrom(netip.IPv4Unspecified(), 53))
+	if err != nil {
+		t.Fatal(err)
+	}
+	u4.Close()
 }

@@ -34,9 +34,19 @@ type packetConn struct {
 // cut off if the buffer is shorter; datagrams beyond Config.UDPBuffer that nobody reads are dropped. The result also
 // has ReadFromAddrPort and WriteToAddrPort.
 func (s *Stack) ListenUDP(addr netip.AddrPort) (net.PacketConn, error) {
-	c, err := s.openUDP(addr, netip.AddrPort{})
+	c, err := s.openUDP(addr, netip.AddrPort{}, false)
 	if err != nil {
 		return nil, opError("listen", "udp", netip.AddrPort{}, addr, err)
+	}
+	return c, nil
+}
+
+// ListenUDP6 is ListenUDP on all of the node's IPv6 addresses and no other.
+func (s *Stack) ListenUDP6(port uint16) (net.PacketConn, error) {
+	addr := netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+	c, err := s.openUDP(addr, netip.AddrPort{}, true)
+	if err != nil {
+		return nil, opError("listen", "udp6", netip.AddrPort{}, addr, err)
 	}
 	return c, nil
 }
@@ -50,14 +60,14 @@ func (s *Stack) DialUDP(ctx context.Context, dst netip.AddrPort) (net.Conn, erro
 		err = errors.New("netstack: not an address to connect to")
 	} else if err = ctx.Err(); err == nil {
 		var c *packetConn
-		if c, err = s.openUDP(netip.AddrPort{}, dst); err == nil {
+		if c, err = s.openUDP(netip.AddrPort{}, dst, false); err == nil {
 			return c, nil
 		}
 	}
 	return nil, opError("dial", "udp", netip.AddrPort{}, dst, err)
 }
 
-func (s *Stack) openUDP(local, remote netip.AddrPort) (*packetConn, error) {
+func (s *Stack) openUDP(local, remote netip.AddrPort, only6 bool) (*packetConn, error) {
 	if s.life.Err() != nil {
 		return nil, net.ErrClosed
 	}
@@ -74,6 +84,7 @@ func (s *Stack) openUDP(local, remote netip.AddrPort) (*packetConn, error) {
 	if remote.IsValid() {
 		terr = ep.Connect(fullAddr(remote))
 	} else {
+		ep.SocketOptions().SetV6Only(only6)
 		terr = ep.Bind(fullAddr(local))
 	}
 	if terr != nil {

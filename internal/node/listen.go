@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"net"
 	"net/netip"
@@ -10,9 +11,9 @@ import (
 
 // Listen listens for TCP connections from the tailnet. Without a host it listens on all of
 // the node's addresses (of the network's family), those that it will get as well. With one
-// it waits until the node has addresses. ctx bounds that wait alone.
+// it waits until the node has addresses. ctx bounds that wait alone. The empty network is tcp.
 func (n *Node) Listen(ctx context.Context, networkName, address string) (net.Listener, error) {
-	nw, err := parseNetwork(networkName)
+	nw, err := parseNetwork(cmp.Or(networkName, "tcp"))
 	if err != nil {
 		return nil, err
 	}
@@ -22,6 +23,9 @@ func (n *Node) Listen(ctx context.Context, networkName, address string) (net.Lis
 	ap, err := n.listenAddr(ctx, nw, address)
 	if err != nil {
 		return nil, err
+	}
+	if nw.family == 6 && ap.Addr().IsUnspecified() {
+		return n.engine.Stack().ListenTCP6(ap.Port())
 	}
 	return n.engine.Stack().ListenTCP(ap)
 }
@@ -38,6 +42,9 @@ func (n *Node) ListenPacket(ctx context.Context, networkName, address string) (n
 	ap, err := n.listenAddr(ctx, nw, address)
 	if err != nil {
 		return nil, err
+	}
+	if nw.family == 6 && ap.Addr().IsUnspecified() {
+		return n.engine.Stack().ListenUDP6(ap.Port())
 	}
 	return n.engine.Stack().ListenUDP(ap)
 }
