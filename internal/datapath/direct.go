@@ -210,3 +210,18 @@ func appendSTUN(out []netip.AddrPort, n *tailcfg.DERPNode, lookup func(name stri
 	}
 	return out
 }
+
+// Rebind does what is done when the host's network has changed: it opens the sockets anew and finds paths again.
+func (e *Engine) Rebind() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	d := e.direct
+	if e.closed || d == nil {
+		return
+	}
+	var s netmon.State
+	if d.mon != nil {
+		s = d.mon.State()
+	}
+	e.linkChanged(netmon.Change{Old: s, New: s, Major: true})
+}

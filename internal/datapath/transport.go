@@ -57,8 +57,12 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 		Relay:     t.relays,
 		NewSink:   func() path.Sink { return t.newSink() },
 		Endpoints: e.cfg.Endpoints,
-		DirectUp:  func(p *path.Peer) { t.pathUp(p.Public()) },
-		Logger:    e.log,
+		DirectUp: func(p *path.Peer, relayed bool) {
+			if !relayed { // else an initiation is on its way already, and a second would undo it
+				t.pathUp(p.Public())
+			}
+		},
+		Logger: e.log,
 	}
 	if e.direct != nil {
 		pc.UDP = e.direct.socks

@@ -416,7 +416,7 @@ func (o *owner) setRoute(now time.Time, a *active, act *action) {
 	}
 	o.m.log.Debug("path: direct", "peer", a.p.key.ShortString(), "addr", rt.addr)
 	if f := o.m.cfg.DirectUp; f != nil {
-		f(a.p)
+		f(a.p, a.p.region() != 0)
 	}
 }
 

@@ -104,7 +104,7 @@ func (w *internet) node(o nodeOpts, addrs ...string) *inode {
 			n.reports++
 			n.mu.Unlock()
 		},
-		DirectUp: func(*Peer) {
+		DirectUp: func(*Peer, bool) {
 			n.mu.Lock()
 			if n.directAt.IsZero() {
 				n.directAt = time.Now()
@@ -771,7 +771,7 @@ func newLoopNode(t testing.TB, cfg udp.Config) *loopNode {
 		t.Fatal(err)
 	}
 	n.m, err = New(Config{NodeKey: n.key, DiscoKey: n.disco, Relay: n, NewSink: func() Sink { return &loopSink{n: n} }, UDP: n.socks,
-		DirectUp: func(*Peer) { n.up <- struct{}{} }})
+		DirectUp: func(*Peer, bool) { n.up <- struct{}{} }})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -83,9 +83,9 @@ type Config struct {
 	// Endpoints, if not nil, is told where this node may be reached whenever that changes. It runs on the
 	// Manager's goroutine: it must not block, nor wait for the Manager. eps is its own.
 	Endpoints func(eps []Endpoint)
-	// DirectUp, if not nil, is told that a peer has got a direct path that it had not before. It runs on
-	// the Manager's goroutine as well, and may send to the peer.
-	DirectUp func(p *Peer)
+	// DirectUp, if not nil, is told that a peer has got a direct path that it had not before, and whether a relay leads
+	// to it as well. It runs on the Manager's goroutine, and may send to the peer.
+	DirectUp func(p *Peer, relayed bool)
 	Logger   *slog.Logger // nil: silent
 }
 
