@@ -62,7 +62,7 @@ func (e *end) tell(r *tailcfg.MapResponse) {
 
 var allowAll = []tailcfg.FilterRule{{SrcIPs: []string{"*"}, DstPorts: []tailcfg.NetPortRange{{IP: "*", Ports: tailcfg.PortRange{First: 0, Last: 65535}}}}}
 
-// newPair returns two engines that know each other, joined by a relay on loopback.
+// newPair returns two engines that know each other, joined by a relay on loopback and by whatever direct path they find.
 func newPair(t testing.TB) (a, b *end) {
 	t.Helper()
 	relay := server.New(server.Config{PrivateKey: key.NewNode()})
