@@ -1,7 +1,9 @@
 // Package netmon knows the host's network as far as a node cares: which addresses it has, by which it reaches the
 // Internet, and when that changes or the host has slept.
 //
-// Changes are found by polling, which works everywhere and costs one listing of the interfaces per interval.
+// The system tells of changes where it can (netlink on Linux, a routing socket on macOS and the BSDs); a burst of
+// them, as of a host that starts thirty containers, costs few looks. Elsewhere, and where a sandbox denies the socket,
+// changes are found by polling, which costs one listing of the interfaces per interval.
 package netmon
 
 import (
@@ -21,6 +23,8 @@ type State struct {
 	Addrs []netip.Addr
 	// Default4 and Default6 are the addresses from which packets to the Internet leave; invalid if there is no route.
 	Default4, Default6 netip.Addr
+	// DefaultInterface is the name of the interface that has Default4, or else Default6; "" without either.
+	DefaultInterface string
 }
 
 // Get asks the system. It sends nothing.
@@ -30,6 +34,13 @@ func Get() (State, error) {
 		return State{}, err
 	}
 	var s State
+	// Documentation addresses (RFC 5737, RFC 3849) take the default route like any other.
+	s.Default4 = sourceFor("udp4", "192.0.2.1:9")
+	s.Default6 = sourceFor("udp6", "[2001:db8::1]:9")
+	def := s.Default4
+	if !def.IsValid() {
+		def = s.Default6
+	}
 	for _, i := range ifs {
 		if i.Flags&net.FlagUp == 0 || i.Flags&net.FlagLoopback != 0 {
 			continue
@@ -42,14 +53,14 @@ func Get() (State, error) {
 			if n, ok := a.(*net.IPNet); ok {
 				if ip, ok := netip.AddrFromSlice(n.IP); ok {
 					s.Addrs = append(s.Addrs, ip.Unmap())
+					if ip.Unmap() == def {
+						s.DefaultInterface = i.Name
+					}
 				}
 			}
 		}
 	}
 	s.Addrs = useful(s.Addrs)
-	// Documentation addresses (RFC 5737, RFC 3849) take the default route like any other.
-	s.Default4 = sourceFor("udp4", "192.0.2.1:9")
-	s.Default6 = sourceFor("udp6", "[2001:db8::1]:9")
 	return s, nil
 }
 
@@ -85,7 +96,7 @@ func (s State) Online() bool { return s.Default4.IsValid() || s.Default6.IsValid
 
 // Equal reports whether s and t are the same network.
 func (s State) Equal(t State) bool {
-	return s.Default4 == t.Default4 && s.Default6 == t.Default6 && slices.Equal(s.Addrs, t.Addrs)
+	return s.Default4 == t.Default4 && s.Default6 == t.Default6 && s.DefaultInterface == t.DefaultInterface && slices.Equal(s.Addrs, t.Addrs)
 }
 
 // Change is what a [Monitor] reports.
@@ -99,8 +110,12 @@ type Change struct {
 
 func diff(old, new State, slept time.Duration) (Change, bool) {
 	c := Change{Old: old, New: new, Slept: slept}
-	lost := func(a, b netip.Addr) bool { return a.IsValid() && a != b }
-	c.Major = slept > 0 || lost(old.Default4, new.Default4) || lost(old.Default6, new.Default6)
+	// An address that is still there has only given way to a newer one, as temporary IPv6 addresses do (RFC 8981).
+	lost := func(a, b netip.Addr) bool {
+		return a.IsValid() && a != b && (!b.IsValid() || !slices.Contains(new.Addrs, a))
+	}
+	c.Major = slept > 0 || lost(old.Default4, new.Default4) || lost(old.Default6, new.Default6) ||
+		old.DefaultInterface != "" && old.DefaultInterface != new.DefaultInterface
 	if !c.Major && !old.Online() && new.Online() {
 		c.Major = true
 	}
@@ -108,10 +123,17 @@ func diff(old, new State, slept time.Duration) (Change, bool) {
 }
 
 const (
-	// DefaultInterval is the time between looks.
+	// DefaultInterval is the time between looks at the clocks, and between looks at the network where the system does not tell.
 	DefaultInterval = 10 * time.Second
-	// jump is how much later than planned a look may be on a busy host that has not slept.
+	// watchedInterval is the time between looks at the network where the system does.
+	watchedInterval = time.Minute
+	// settle is how long after a first event the rest of it is waited for, and gap the least time between looks after events.
+	settle = 20 * time.Millisecond
+	gap    = time.Second
+	// jump is how much later than planned a look may be on a busy host that has not slept, and nap how far
+	// the clocks may drift apart, or be set apart, without it.
 	jump = 20 * time.Second
+	nap  = 5 * time.Second
 )
 
 // Config is what a Monitor needs.
@@ -119,24 +141,37 @@ type Config struct {
 	OnChange func(Change) // called on the Monitor's goroutine, which it may hold up; it must not call Close
 	Interval time.Duration
 	Get      func() (State, error) // nil: Get
-	Logger   *slog.Logger          // nil: silent
+	// Watch begins to call event, which does not block, whenever the network may have changed, until stop is called and has
+	// returned. Nil: the system's own, if Get is nil too.
+	Watch  func(event func()) (stop func(), err error)
+	Logger *slog.Logger // nil: silent
+
+	suspended func() time.Duration // nil: the system's
 }
 
 // Monitor watches the host's network.
 type Monitor struct {
-	cfg  Config
-	mu   sync.Mutex
-	cur  State
-	poke chan struct{}
-	once sync.Once
-	done chan struct{}
-	wg   sync.WaitGroup
+	cfg     Config
+	mu      sync.Mutex
+	cur     State
+	poke    chan struct{}
+	event   chan struct{}
+	watched bool
+	once    sync.Once
+	done    chan struct{}
+	wg      sync.WaitGroup
 }
 
-// New returns a running Monitor, which has one goroutine until Close.
+// New returns a running Monitor, which has a goroutine, or two where the system tells, until Close.
 func New(cfg Config) (*Monitor, error) {
 	if cfg.Get == nil {
 		cfg.Get = Get
+		if cfg.Watch == nil {
+			cfg.Watch = watch
+		}
+	}
+	if cfg.suspended == nil {
+		cfg.suspended = suspended
 	}
 	if cfg.Interval <= 0 {
 		cfg.Interval = DefaultInterval
@@ -144,13 +179,34 @@ func New(cfg Config) (*Monitor, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	m := &Monitor{cfg: cfg, poke: make(chan struct{}, 1), event: make(chan struct{}, 1), done: make(chan struct{})}
+	stop := func() {}
+	if cfg.Watch != nil { // before the first look, so that nothing is missed in between
+		if s, err := cfg.Watch(func() { signal(m.event) }); err == nil {
+			stop, m.watched = s, true
+		} else {
+			cfg.Logger.Debug("netmon: the system does not tell, so poll", "err", err)
+		}
+	}
 	s, err := cfg.Get()
 	if err != nil {
+		stop()
 		return nil, err
 	}
-	m := &Monitor{cfg: cfg, cur: s, poke: make(chan struct{}, 1), done: make(chan struct{})}
-	m.wg.Go(m.run)
+	m.cur = s
+	asleep := cfg.suspended()
+	m.wg.Go(func() {
+		defer stop()
+		m.run(asleep)
+	})
 	return m, nil
+}
+
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
 }
 
 // State returns the network as last seen.
@@ -161,12 +217,7 @@ func (m *Monitor) State() State {
 }
 
 // Poke makes the Monitor look soon, for instance because a send has failed. It does not wait.
-func (m *Monitor) Poke() {
-	select {
-	case m.poke <- struct{}{}:
-	default:
-	}
-}
+func (m *Monitor) Poke() { signal(m.poke) }
 
 // Close ends the Monitor and waits for it. It may be called more than once.
 func (m *Monitor) Close() {
@@ -174,23 +225,58 @@ func (m *Monitor) Close() {
 	m.wg.Wait()
 }
 
-func (m *Monitor) run() {
+func (m *Monitor) run(asleep time.Duration) {
 	timer := time.NewTimer(m.cfg.Interval)
 	defer timer.Stop()
+	interval := m.cfg.Interval
+	if m.watched {
+		interval = max(interval, watchedInterval)
+	}
 	// The wall clock goes on while the host sleeps; the monotonic one does not on every system, so both are compared with the plan.
 	last := time.Now().Round(0)
+	looked := time.Now()
+	tick, due := looked.Add(m.cfg.Interval), looked.Add(interval)
 	for {
 		select {
 		case <-m.done:
 			return
 		case <-m.poke:
+			due = time.Now()
+		case <-m.event:
+			due = earlier(due, later(time.Now().Add(settle), looked.Add(gap)))
 		case <-timer.C:
 		}
-		now := time.Now().Round(0)
-		m.look(slept(now.Sub(last), m.cfg.Interval))
-		last = now
-		timer.Reset(m.cfg.Interval)
+		now := time.Now()
+		d := slept(now.Round(0).Sub(last), m.cfg.Interval)
+		s := m.cfg.suspended()
+		if s-asleep > nap {
+			d = max(d, s-asleep)
+		}
+		asleep, last = s, now.Round(0)
+		if d > 0 || !now.Before(due) {
+			m.look(d)
+			looked = time.Now()
+			due = looked.Add(interval)
+		}
+		if !now.Before(tick) {
+			tick = now.Add(m.cfg.Interval)
+		}
+		timer.Reset(time.Until(earlier(due, tick)))
 	}
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 // slept returns how long the host slept if elapsed passed where interval was meant to.

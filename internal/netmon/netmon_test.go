@@ -36,6 +36,10 @@ func TestDiff(t *testing.T) {
 	more := State{Addrs: addrs("172.17.0.1", "192.168.1.5"), Default4: home.Default4}
 	cafe := State{Addrs: addrs("10.0.0.7"), Default4: netip.MustParseAddr("10.0.0.7")}
 	dual := State{Addrs: home.Addrs, Default4: home.Default4, Default6: netip.MustParseAddr("2001:db8::1")}
+	dual6 := func(def string) State {
+		return State{Addrs: addrs("2001:db8::1", "2001:db8::2"), Default6: netip.MustParseAddr(def), DefaultInterface: "eth0"}
+	}
+	wired := State{Addrs: home.Addrs, Default4: home.Default4, DefaultInterface: "eth0"}
 	for _, tt := range []struct {
 		name           string
 		old, new       State
@@ -49,6 +53,8 @@ func TestDiff(t *testing.T) {
 		{"offline", home, State{}, 0, true, true},
 		{"online", State{}, home, 0, true, true},
 		{"IPv6 comes", home, dual, 0, true, false},
+		{"another IPv6 address, the old one stays", dual6("2001:db8::1"), dual6("2001:db8::2"), 0, true, false},
+		{"another interface has the way out", wired, State{Addrs: wired.Addrs, Default4: wired.Default4, DefaultInterface: "wlan0"}, 0, true, true},
 		{"IPv6 goes", dual, home, 0, true, true},
 	} {
 		c, changed := diff(tt.old, tt.new, tt.slept)
@@ -114,6 +120,136 @@ func TestMonitor(t *testing.T) {
 	if _, err := New(Config{Get: func() (State, error) { return State{}, errors.New("no") }}); err == nil {
 		t.Error("no error")
 	}
+}
+
+// fake is a network that tells of changes.
+type fake struct {
+	mu        sync.Mutex
+	cur       State
+	looks     int
+	asleep    time.Duration
+	event     func()
+	stopped   bool
+	changes   chan Change
+	watchFail bool
+}
+
+func (f *fake) monitor(t *testing.T) *Monitor {
+	f.changes = make(chan Change, 100)
+	m, err := New(Config{
+		OnChange: func(c Change) { f.changes <- c },
+		Get: func() (State, error) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.looks++
+			return f.cur, nil
+		},
+		Watch: func(event func()) (func(), error) {
+			if f.watchFail {
+				return nil, errors.New("denied")
+			}
+			f.event = event
+			return func() { f.stopped = true }, nil
+		},
+		suspended: func() time.Duration {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return f.asleep
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func (f *fake) set(s State) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.cur = s
+}
+
+func (f *fake) took() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := f.looks
+	f.looks = 0
+	return n
+}
+
+func TestEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := State{Addrs: addrs("10.0.0.1")}, State{Addrs: addrs("10.0.0.2")}
+		f := &fake{cur: a}
+		m := f.monitor(t)
+		defer m.Close()
+		time.Sleep(10*time.Minute + time.Second)
+		if n := f.took(); n != 11 {
+			t.Errorf("%d looks in ten quiet minutes", n)
+		}
+		f.set(b)
+		start := time.Now()
+		f.event()
+		if c := <-f.changes; time.Since(start) != settle || !c.New.Equal(b) {
+			t.Errorf("after %v: %+v", time.Since(start), c)
+		}
+		// A storm: ten seconds of an event each millisecond.
+		f.took()
+		for i := range 10000 {
+			if i == 9000 {
+				f.set(a)
+			}
+			f.event()
+			time.Sleep(time.Millisecond)
+		}
+		if n := f.took(); n > 11 || len(f.changes) != 1 {
+			t.Errorf("%d looks and %d changes in a storm", n, len(f.changes))
+		}
+		m.Close()
+		if !f.stopped {
+			t.Error("still watching")
+		}
+	})
+}
+
+func TestEventsDenied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{cur: State{Addrs: addrs("10.0.0.1")}, watchFail: true}
+		m := f.monitor(t)
+		defer m.Close()
+		f.set(State{})
+		start := time.Now()
+		if <-f.changes; time.Since(start) != DefaultInterval {
+			t.Errorf("after %v", time.Since(start))
+		}
+	})
+}
+
+func TestSleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{cur: State{Addrs: addrs("10.0.0.1")}}
+		m := f.monitor(t)
+		defer m.Close()
+		nod := func(d time.Duration) { f.mu.Lock(); f.asleep += d; f.mu.Unlock() }
+		start := time.Now()
+		nod(time.Hour)
+		if c := <-f.changes; c.Slept != time.Hour || !c.Major || time.Since(start) > DefaultInterval {
+			t.Errorf("%+v after %v", c, time.Since(start))
+		}
+		nod(time.Minute)
+		start = time.Now()
+		f.event() // as links come up again
+		if c := <-f.changes; c.Slept != time.Minute || time.Since(start) != 0 {
+			t.Errorf("%+v after %v", c, time.Since(start))
+		}
+		for range 100 { // a clock that runs fast
+			nod(time.Second)
+			time.Sleep(DefaultInterval)
+		}
+		if len(f.changes) > 0 {
+			t.Errorf("slept %v", (<-f.changes).Slept)
+		}
+	})
 }
 
 func TestGet(t *testing.T) {

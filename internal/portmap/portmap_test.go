@@ -377,7 +377,7 @@ func TestDisabled(t *testing.T) {
 	})
 }
 
-// Close in the middle of anything is quick and leaves nothing behind, neither here nor in the router.
+// Close in the middle of anything is quick and leaves nothing behind.
 func TestCloseAnyTime(t *testing.T) {
 	for _, proto := range []Protocol{PCP, PMP, UPnP, ""} {
 		for d := time.Duration(0); d < 130*time.Millisecond; d += 700 * time.Microsecond {
