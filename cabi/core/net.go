@@ -1,0 +1,282 @@
+//go:build linux
+
+package core
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailnode/tailnode"
+)
+
+func addrOf(a net.Addr) netip.AddrPort {
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		return a.AddrPort()
+	case *net.UDPAddr:
+		return a.AddrPort()
+	}
+	return netip.AddrPort{}
+}
+
+// carry makes the host's descriptor for a TCP connection. c is closed if it fails.
+func (nd *node) carry(c net.Conn, nonblock bool) (int, error) {
+	nd.carried.Add(1)
+	connections.Add(1)
+	host, _, err := newStream(c, nonblock, func() { connections.Add(-1); nd.carried.Done() })
+	if err != nil {
+		connections.Add(-1)
+		nd.carried.Done()
+		c.Close()
+	}
+	return host, err
+}
+
+func (nd *node) dial(ctx context.Context, rq *request, rp *reply) (err error) {
+	c, err := nd.srv.Dial(ctx, rq.str[0], rq.str[1])
+	if err != nil {
+		return err
+	}
+	rp.local, rp.remote = addrOf(c.LocalAddr()), addrOf(c.RemoteAddr())
+	nonblock := rq.arg[0]&flagNonblock != 0
+	if strings.HasPrefix(rq.str[0], "udp") {
+		rp.fd, err = nd.packets(&connected{c}, nonblock)
+		return err
+	}
+	rp.fd, err = nd.carry(c, nonblock)
+	return err
+}
+
+// listen makes a listener. Connections wait in its socket, with their addresses, until the host takes them; when the socket is
+// full, about 200 later, they wait in the stack.
+func (nd *node) listen(rq *request, rp *reply) (started func(), err error) {
+	ln, err := nd.srv.Listen(rq.str[0], rq.str[1])
+	if err != nil {
+		return nil, err
+	}
+	nonblock := rq.arg[0]&flagNonblock != 0
+	host, s, err := newPair(unix.SOCK_SEQPACKET, nonblock)
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	rp.fd, rp.local = host, addrOf(ln.Addr())
+	nd.carried.Go(func() {
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			s.awaitEnd()
+			ln.Close()
+		})
+		nd.accept(ln, s, nonblock)
+		ln.Close()
+		s.Close()
+		wg.Wait()
+	})
+	return nil, nil
+}
+
+func (nd *node) accept(ln net.Listener, s *sock, nonblock bool) {
+	b := make([]byte, 0, 4+2*addrSize)
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		fd, err := nd.carry(c, nonblock)
+		if err != nil {
+			continue // no descriptors left: this connection is closed, which is all that can be done for the next
+		}
+		b = native.AppendUint32(b[:0], acceptedMagic)
+		b = appendAddr(b, addrOf(c.RemoteAddr()))
+		b = appendAddr(b, addrOf(c.LocalAddr()))
+		err = s.send(b, unix.UnixRights(fd), true)
+		unix.Close(fd)
+		if err != nil && err != unix.ETOOMANYREFS {
+			return
+		}
+	}
+}
+
+// packetSide is the tailnet's side of a UDP socket.
+type packetSide interface {
+	// next reads a datagram into b behind room for the head, and returns the message for the host.
+	next(b []byte) ([]byte, error)
+	// put sends what the host gave. Errors of single datagrams are dropped, as UDP does.
+	put(b []byte)
+	Close() error
+}
+
+// connected has no head.
+type connected struct{ net.Conn }
+
+func (c *connected) next(b []byte) ([]byte, error) {
+	n, err := c.Read(b)
+	return b[:n], err
+}
+
+func (c *connected) put(b []byte) { c.Write(b) }
+
+// unconnected has the peer's address in front of each datagram.
+type unconnected struct{ net.PacketConn }
+
+func (c *unconnected) next(b []byte) ([]byte, error) {
+	if ap, ok := c.PacketConn.(interface {
+		ReadFromAddrPort([]byte) (int, netip.AddrPort, error)
+	}); ok {
+		n, from, err := ap.ReadFromAddrPort(b[addrSize:])
+		appendAddr(b[:0], from)
+		return b[:addrSize+n], err
+	}
+	n, from, err := c.ReadFrom(b[addrSize:])
+	if err == nil {
+		appendAddr(b[:0], addrOf(from))
+	}
+	return b[:addrSize+n], err
+}
+
+func (c *unconnected) put(b []byte) {
+	to := parseAddr(b)
+	if !to.IsValid() {
+		return
+	}
+	if ap, ok := c.PacketConn.(interface {
+		WriteToAddrPort([]byte, netip.AddrPort) (int, error)
+	}); ok {
+		ap.WriteToAddrPort(b[addrSize:], to)
+		return
+	}
+	c.WriteTo(b[addrSize:], net.UDPAddrFromAddrPort(to))
+}
+
+func (nd *node) listenPacket(rq *request, rp *reply) error {
+	pc, err := nd.srv.ListenPacket(rq.str[0], rq.str[1])
+	if err != nil {
+		return err
+	}
+	rp.local = addrOf(pc.LocalAddr())
+	rp.fd, err = nd.packets(&unconnected{pc}, rq.arg[0]&flagNonblock != 0)
+	return err
+}
+
+const maxDatagram = 65535
+
+var datagrams = sync.Pool{New: func() any { return new([addrSize + maxDatagram]byte) }}
+
+// packets joins a UDP socket of the tailnet to a socket of the host.
+func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
+	host, s, err := newPair(unix.SOCK_SEQPACKET, nonblock)
+	if err != nil {
+		p.Close()
+		return -1, err
+	}
+	nd.carried.Add(2)
+	go func() {
+		defer nd.carried.Done()
+		b := make([]byte, addrSize+maxDatagram)
+		for {
+			m, err := p.next(b)
+			if err != nil {
+				break
+			}
+			// A full queue drops, as a UDP socket's does.
+			if err := s.send(m, nil, false); err != nil && err != unix.EAGAIN {
+				break
+			}
+		}
+		s.Close()
+	}()
+	go func() {
+		defer nd.carried.Done()
+		for s.readable() == nil {
+			b := datagrams.Get().(*[addrSize + maxDatagram]byte)
+			n, _, err := s.receive(b[:], nil)
+			if err == nil {
+				p.put(b[:n])
+			}
+			datagrams.Put(b)
+			if err != nil {
+				break
+			}
+		}
+		p.Close()
+	}()
+	return host, nil
+}
+
+// Kinds of event and states, as in the header.
+const (
+	eventState   = 1
+	eventNetmap  = 2
+	eventAuthURL = 3
+	eventText    = 1007
+)
+
+var states = map[string]uint32{"Stopped": 0, "Starting": 1, "NeedsLogin": 2, "NeedsMachineAuth": 3, "Running": 4}
+
+// watch tells the host of changes. There is room for many events in the socket; when it is full, the changes of the time until the host
+// reads are told as one.
+func (nd *node) watch(lc *tailnode.LocalClient, rq *request, rp *reply) error {
+	host, s, err := newPair(unix.SOCK_SEQPACKET, rq.arg[0]&flagNonblock != 0)
+	if err != nil {
+		return err
+	}
+	rp.fd = host
+	ctx, cancel := context.WithCancel(nd.ctx)
+	nd.carried.Go(func() {
+		s.awaitEnd()
+		cancel()
+	})
+	nd.carried.Go(func() {
+		defer s.Close()
+		tell := func(kind, state uint32, text string) error {
+			if len(text) > eventText {
+				text = text[:eventText]
+			}
+			b := native.AppendUint32(make([]byte, 0, 16+len(text)), kind)
+			b = native.AppendUint32(b, state)
+			b = native.AppendUint32(b, uint32(len(text)))
+			b = native.AppendUint32(b, 0)
+			return s.send(append(b, text...), nil, true)
+		}
+		var state, text, url string
+		for first := true; ; first = false {
+			changed, err := lc.Changed()
+			if err != nil {
+				return
+			}
+			st, err := lc.StatusWithoutPeers(ctx)
+			if err != nil {
+				return
+			}
+			n, told := states[st.BackendState], false
+			if health := strings.Join(st.Health, "; "); first || st.BackendState != state || health != text {
+				state, text, told = st.BackendState, health, true
+				if tell(eventState, n, health) != nil {
+					return
+				}
+			}
+			if st.AuthURL != url {
+				if url, told = st.AuthURL, true; url != "" && tell(eventAuthURL, n, url) != nil {
+					return
+				}
+			}
+			if !told && tell(eventNetmap, n, "") != nil {
+				return
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return nil
+}
+
+var _ io.Closer = (*sock)(nil)

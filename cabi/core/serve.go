@@ -1,0 +1,343 @@
+//go:build linux
+
+package core
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tailnode/tailnode"
+)
+
+// maxInFlight bounds the requests that are served at a time; more wait in the socket, and then in the host.
+const maxInFlight = 1 << 16
+
+// Flags of tailnode_options and of calls; they are those of the header.
+const (
+	flagEphemeral   = 1
+	flagMemoryState = 2
+	flagNonblock    = 1
+)
+
+// session serves one socket: a host's.
+type session struct {
+	s     *sock
+	ctx   context.Context // ends with the socket
+	mu    sync.Mutex
+	nodes map[uint64]*node
+	wg    sync.WaitGroup // requests, streams, listeners
+	slots chan struct{}
+}
+
+// node is one tailnode.Server of the host.
+type node struct {
+	srv     *tailnode.Server
+	lc      *tailnode.LocalClient
+	ctx     context.Context // ends when the node is closed
+	cancel  context.CancelFunc
+	carried sync.WaitGroup // what the node carries for the host: Close waits for it
+	out     *sink
+	open    func() (*tailnode.LocalClient, error)
+}
+
+// Serve takes fd over, a SOCK_SEQPACKET socket to the thin client, and serves it until the other end closes. Then it closes
+// all nodes and returns.
+func Serve(fd int) error {
+	s, err := newSock(fd)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	se := &session{s: s, ctx: ctx, nodes: map[uint64]*node{}, slots: make(chan struct{}, maxInFlight)}
+	err = se.loop()
+	cancel()
+	se.closeAll()
+	se.wg.Wait()
+	s.Close()
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+		return nil
+	}
+	return err
+}
+
+func (se *session) loop() error {
+	buf := make([]byte, maxRequest)
+	oob := make([]byte, unix.CmsgSpace(4*4))
+	for {
+		n, oobn, err := se.s.receive(buf, oob)
+		if err != nil {
+			return err
+		}
+		fds := rightsOf(oob[:oobn])
+		rq, err := parseRequest(buf[:n])
+		clear(buf[:n]) // there may be an auth key in it
+		if err != nil || rq.kind != kNew && len(fds) != 1 {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		if rq.kind == kNew {
+			se.newNode(&rq, fds)
+			continue
+		}
+		// The node is looked up here, in the order of the messages: what follows kClose finds none.
+		se.mu.Lock()
+		nd := se.nodes[rq.node]
+		if rq.kind == kClose {
+			delete(se.nodes, rq.node)
+		}
+		se.mu.Unlock()
+		to, err := newSock(fds[0])
+		if err != nil {
+			continue
+		}
+		se.slots <- struct{}{}
+		se.wg.Add(1)
+		calls.Add(1)
+		inFlight.Add(1)
+		go func() {
+			defer se.wg.Done()
+			defer func() { <-se.slots }()
+			defer inFlight.Add(-1)
+			se.answer(&rq, nd, to)
+		}()
+	}
+}
+
+func (se *session) newNode(rq *request, fds []int) {
+	a := rq.arg
+	out := newSink(fds, int(a[2]), a[3])
+	ctx, cancel := context.WithCancel(se.ctx)
+	srv := &tailnode.Server{
+		Dir: rq.str[0], Hostname: rq.str[1], AuthKey: rq.str[2], ControlURL: rq.str[3],
+		Ephemeral: a[0]&flagEphemeral != 0,
+		Port:      uint16(a[1]),
+		Logger:    out.logger(),
+		UserLogf:  out.authURL,
+	}
+	if a[0]&flagMemoryState != 0 {
+		srv.Store = tailnode.NewMemoryStore()
+	}
+	for t := range strings.SplitSeq(rq.str[4], ",") {
+		if t = strings.TrimSpace(t); t != "" {
+			srv.AdvertiseTags = append(srv.AdvertiseTags, t)
+		}
+	}
+	var bad error
+	if pem := rq.str[5]; pem != "" {
+		srv.RootCAs = x509.NewCertPool()
+		if !srv.RootCAs.AppendCertsFromPEM([]byte(pem)) {
+			bad = &tailnode.Error{Op: "new", Code: tailnode.CodeInvalidArgument, Err: errors.New("root_ca_pem holds no certificate")}
+		}
+	}
+	setMemoryLimit(a[4])
+	if a[5] != 0 {
+		setGCPercent(int(a[5]))
+	}
+	setMaxProcs(int(a[6]))
+	nd := &node{srv: srv, ctx: ctx, cancel: cancel, out: out}
+	nd.open = func() (*tailnode.LocalClient, error) {
+		if bad != nil {
+			return nil, bad
+		}
+		return srv.LocalClient()
+	}
+	openNodes.Add(1)
+	se.mu.Lock()
+	se.nodes[rq.node] = nd
+	se.mu.Unlock()
+}
+
+func (nd *node) close() error {
+	nd.cancel()
+	err := nd.srv.Close()
+	nd.carried.Wait()
+	nd.out.close()
+	openNodes.Add(-1)
+	return err
+}
+
+func (se *session) closeAll() {
+	se.mu.Lock()
+	nodes := se.nodes
+	se.nodes = nil
+	se.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, nd := range nodes {
+		wg.Go(func() { nd.close() })
+	}
+	wg.Wait()
+}
+
+// maxTimeout, in milliseconds, is longer than anybody waits.
+const maxTimeout = 1 << 42
+
+// waits reports whether the request has a time-out.
+func (rq *request) waits() bool {
+	return rq.kind == kUp || rq.kind == kWhois || rq.kind == kPing || rq.kind == kDial
+}
+
+// answer serves one request. The other end of to being closed cancels it.
+func (se *session) answer(rq *request, nd *node, to *sock) {
+	// A node's own end cancels its calls by Close, with CodeClosed: not by this context.
+	ctx, cancel := context.WithCancel(context.Background())
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		to.awaitEnd()
+		if rq.kind != kClose {
+			cancel()
+		}
+	}()
+	opCtx, stop := ctx, func() {}
+	if rq.waits() && rq.timeout >= 0 && rq.timeout < maxTimeout {
+		opCtx, stop = context.WithTimeout(ctx, time.Duration(rq.timeout)*time.Millisecond)
+	}
+	rp := reply{fd: -1}
+	var started func() // runs when the host has the descriptor
+	err := errClosed
+	if nd != nil {
+		started, err = nd.do(opCtx, rq, &rp)
+	}
+	stop()
+	if err != nil {
+		rp = errorReply(err)
+	}
+	head := rp.appendHead(make([]byte, 0, replyHead+len(rp.data)))
+	var rights []byte
+	if rp.fd >= 0 {
+		rights = unix.UnixRights(rp.fd)
+	}
+	// A host that goes on without reading cannot hold this up: closing its end fails the send.
+	to.send(append(head, rp.data...), rights, true)
+	if rp.fd >= 0 {
+		unix.Close(rp.fd)
+	}
+	if started != nil {
+		started()
+	}
+	to.Close()
+	<-watched
+	cancel()
+}
+
+var errClosed error = &tailnode.Error{Op: "call", Code: tailnode.CodeClosed, Err: net.ErrClosed}
+
+func errorReply(err error) reply {
+	rp := reply{code: int32(tailnode.CodeInternal), fd: -1, data: []byte(err.Error())}
+	if e, ok := errors.AsType[*tailnode.Error](err); ok {
+		rp.code = int32(e.Code)
+	}
+	if e, ok := errors.AsType[syscall.Errno](err); ok {
+		rp.errno = int32(e)
+		if e == unix.EMFILE || e == unix.ENFILE || e == unix.ENOBUFS || e == unix.ENOMEM {
+			rp.code = int32(tailnode.CodeExhausted)
+		}
+	}
+	return rp
+}
+
+func invalid(op, text string) error {
+	return &tailnode.Error{Op: op, Code: tailnode.CodeInvalidArgument, Err: errors.New(text)}
+}
+
+// do serves one request of a node.
+func (nd *node) do(ctx context.Context, rq *request, rp *reply) (started func(), err error) {
+	switch rq.kind {
+	case kClose:
+		return nil, nd.close()
+	case kStats:
+		rp.data = runtimeStats()
+		return nil, nil
+	case kMemoryLimit:
+		setMemoryLimit(rq.arg[0])
+		return nil, nil
+	case kMaxProcs:
+		setMaxProcs(int(rq.arg[0]))
+		return nil, nil
+	case kGCPercent:
+		setGCPercent(int(rq.arg[0]))
+		return nil, nil
+	case kTrim:
+		trim()
+		return nil, nil
+	case kPressure:
+		pressure(int(rq.arg[0]))
+		return nil, nil
+	case kAddresses:
+		ip4, ip6 := nd.srv.TailscaleIPs()
+		rp.local, rp.remote = netip.AddrPortFrom(ip4, 0), netip.AddrPortFrom(ip6, 0)
+		return nil, nil
+	}
+	lc, err := nd.open()
+	if err != nil {
+		return nil, err
+	}
+	var v any
+	switch rq.kind {
+	case kStart:
+		return nil, nil
+	case kUp:
+		_, err := nd.srv.Up(ctx)
+		return nil, err
+	case kStatus:
+		if rq.arg[0] != 0 {
+			v, err = lc.Status(ctx)
+		} else {
+			v, err = lc.StatusWithoutPeers(ctx)
+		}
+	case kWhois:
+		v, err = lc.WhoIs(ctx, rq.str[0])
+	case kPing:
+		ip, perr := netip.ParseAddr(rq.str[0])
+		if perr != nil {
+			return nil, invalid("ping", "the address is not an IP address")
+		}
+		v, err = lc.Ping(ctx, ip, tailnode.PingType(rq.str[1]))
+	case kDial:
+		return nil, nd.dial(ctx, rq, rp)
+	case kListen:
+		return nd.listen(rq, rp)
+	case kListenPacket:
+		return nil, nd.listenPacket(rq, rp)
+	case kWatch:
+		return nil, nd.watch(lc, rq, rp)
+	case kLoopback:
+		return nil, nd.loopback(rp)
+	default:
+		return nil, &tailnode.Error{Op: "call", Code: tailnode.CodeUnsupported, Err: errors.New("this core is older than the library")}
+	}
+	if err != nil {
+		return nil, err
+	}
+	rp.data, err = json.Marshal(v)
+	return nil, err
+}
+
+// ServeInherited serves the descriptor that a helper process was started with.
+func ServeInherited(fd int) error {
+	if t, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil || t != unix.SOCK_SEQPACKET {
+		return os.NewSyscallError("getsockopt", errors.Join(err, errors.New("this program is started by libtailnode")))
+	}
+	return Serve(fd)
+}
+
+// Counters for tailnode_runtime_stats.
+var calls, inFlight, openNodes, connections atomic.Int64

@@ -1,0 +1,164 @@
+//go:build linux
+
+package core
+
+import (
+	"io"
+	"os"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// sock is one end of a Unix socket pair. A goroutine that waits for it occupies no thread.
+type sock struct {
+	f  *os.File
+	rc syscall.RawConn
+}
+
+func newSock(fd int) (*sock, error) {
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	f := os.NewFile(uintptr(fd), "socket")
+	rc, err := f.SyscallConn()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &sock{f, rc}, nil
+}
+
+// newPair returns both ends of a new pair: the host's, as a plain descriptor, and ours.
+func newPair(typ int, nonblock bool) (host int, s *sock, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return -1, nil, os.NewSyscallError("socketpair", err)
+	}
+	if !nonblock {
+		if err := unix.SetNonblock(fds[0], false); err != nil {
+			unix.Close(fds[0])
+			unix.Close(fds[1])
+			return -1, nil, os.NewSyscallError("fcntl", err)
+		}
+	}
+	s, err = newSock(fds[1])
+	if err != nil {
+		unix.Close(fds[0])
+		return -1, nil, err
+	}
+	return fds[0], s, nil
+}
+
+// Close wakes every goroutine that waits for s.
+func (s *sock) Close() error { return s.f.Close() }
+
+func (s *sock) shutdown(how int) {
+	s.rc.Control(func(fd uintptr) { unix.Shutdown(int(fd), how) })
+}
+
+// send sends one message, or the bytes of b on a stream, with rights (from unix.UnixRights) on the first. Where wait is false it
+// returns EAGAIN instead of waiting for room.
+func (s *sock) send(b, rights []byte, wait bool) error {
+	for first := true; first || len(b) > 0; first = false {
+		var n int
+		var err error
+		werr := s.rc.Write(func(fd uintptr) bool {
+			for {
+				n, err = unix.SendmsgN(int(fd), b, rights, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+				if err != unix.EINTR {
+					break
+				}
+			}
+			return err != unix.EAGAIN || !wait
+		})
+		if werr != nil {
+			return werr
+		}
+		if err != nil {
+			return err
+		}
+		b, rights = b[n:], nil
+	}
+	return nil
+}
+
+// Write sends all of b on a stream.
+func (s *sock) Write(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	if err := s.send(b, nil, true); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// awaitEnd blocks until the other end is shut down or closed, or s is closed.
+func (s *sock) awaitEnd() {
+	s.rc.Read(func(fd uintptr) bool { return events(fd)&unix.POLLHUP != 0 })
+}
+
+// receive reads one message of a SOCK_SEQPACKET socket, with what it carries. io.EOF: the other end is closed.
+func (s *sock) receive(b, oob []byte) (n, oobn int, err error) {
+	werr := s.rc.Read(func(fd uintptr) bool {
+		for {
+			n, oobn, _, _, err = unix.Recvmsg(int(fd), b, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			if err != unix.EINTR {
+				break
+			}
+		}
+		if err == nil && n == 0 && events(fd)&(unix.POLLRDHUP|unix.POLLHUP) != 0 {
+			err = io.EOF // not an empty message
+		}
+		return err != unix.EAGAIN
+	})
+	if werr != nil {
+		return 0, 0, werr
+	}
+	return n, oobn, err
+}
+
+// readable blocks until there is something to read, or the end.
+func (s *sock) readable() error {
+	return s.rc.Read(func(fd uintptr) bool { return events(fd)&(unix.POLLIN|unix.POLLRDHUP|unix.POLLHUP) != 0 })
+}
+
+// events returns what poll says of fd now.
+func events(fd uintptr) int16 {
+	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
+	for {
+		_, err := unix.Poll(p[:], 0)
+		if err != unix.EINTR {
+			return p[0].Revents
+		}
+	}
+}
+
+// queued returns how many bytes wait to be read.
+func queued(fd uintptr) int {
+	var n int32
+	unix.Syscall(unix.SYS_IOCTL, fd, unix.TIOCINQ, uintptr(unsafe.Pointer(&n)))
+	return int(n)
+}
+
+// rightsOf closes nothing and returns the descriptors of a control message.
+func rightsOf(oob []byte) []int {
+	if len(oob) == 0 {
+		return nil
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	var fds []int
+	for i := range msgs {
+		if got, err := unix.ParseUnixRights(&msgs[i]); err == nil {
+			fds = append(fds, got...)
+		}
+	}
+	return fds
+}

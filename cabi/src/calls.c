@@ -1,0 +1,320 @@
+// calls.c - the functions of the header that speak to the core.
+#include "internal.h"
+
+#include <fcntl.h>
+
+#define NEED(cond, what)                                                                                          \
+	do {                                                                                                      \
+		if (!(cond))                                                                                      \
+			return tn_fail(err, TAILNODE_INVALID_ARGUMENT, 0, "tailnode: " what);                     \
+	} while (0)
+
+// ---- nodes ----
+
+static void node_destroy(void *p) {
+	struct node *n = p;
+	if (n->core)
+		tn_core_unref(n->core);
+	if (n->open_msg) {
+		explicit_bzero(n->open_msg, n->open_len);
+		free(n->open_msg);
+	}
+	if (n->log_fd >= 0)
+		close(n->log_fd);
+	free(n->helper_path);
+	pthread_mutex_destroy(&n->mu);
+	free(n);
+}
+
+int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_error *err) {
+	CHECK_FORK(err);
+	NEED(given && out, "tailnode_new needs options and a place for the handle");
+	NEED(given->size >= offsetof(tailnode_options, helper_path) && given->size <= 4096, "the size field of tailnode_options is not set");
+	tailnode_options o;
+	memset(&o, 0, sizeof o);
+	memcpy(&o, given, given->size < sizeof o ? given->size : sizeof o);
+	NEED(o.mode <= TAILNODE_ISOLATED, "this mode does not exist");
+	NEED(!(o.flags & ~(TAILNODE_EPHEMERAL | TAILNODE_STATE_MEMORY | TAILNODE_RESTART)), "this flag does not exist");
+	NEED(o.port <= 65535, "the port is above 65535");
+	NEED(o.memory_limit >= 0 && o.max_procs >= 0 && o.gc_percent >= -1, "a limit of the runtime is negative");
+	NEED(o.log_fd >= 0, "log_fd is negative");
+
+	struct node *n = calloc(1, sizeof *n);
+	if (!n)
+		return tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
+	static uint64_t numbers;
+	pthread_mutex_init(&n->mu, NULL);
+	n->o = (struct object_header){.type = O_NODE, .refs = 1, .destroy = node_destroy};
+	n->number = __atomic_add_fetch(&numbers, 1, __ATOMIC_RELAXED);
+	n->mode = o.mode;
+	n->flags = o.flags;
+	n->log = o.log;
+	n->auth_url = o.auth_url;
+	n->user = o.user;
+	n->log_fd = -1;
+	int code = 0;
+	if (o.helper_path && !(n->helper_path = strdup(o.helper_path)))
+		code = tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
+	if (!code && o.log_fd > 0 && (n->log_fd = fcntl(o.log_fd, F_DUPFD_CLOEXEC, 3)) < 0)
+		code = tn_fail(err, errno == EBADF ? TAILNODE_INVALID_ARGUMENT : TAILNODE_EXHAUSTED, errno, "tailnode: log_fd: %s", strerror(errno));
+	bool framed = o.log || o.auth_url;
+	struct args a = {
+	    .kind = K_NEW,
+	    .arg = {o.flags, o.port, o.log_level, (o.log ? 1 : 0) | (n->log_fd >= 0 && !framed ? 2 : 0) | (framed ? 4 : 0), o.memory_limit, o.gc_percent, o.max_procs},
+	    .str = {o.dir, o.hostname, o.auth_key, o.control_url, o.tags, o.root_ca_pem},
+	    .strings = 6,
+	};
+	if (!code)
+		code = tn_pack(&n->open_msg, &n->open_len, n->number, &a, err);
+	if (!code) { // started now, so that a missing core is told here
+		struct args stats = {.kind = K_STATS};
+		struct op *op;
+		code = tn_start_op_on(n, &stats, &op, err);
+		if (!code) {
+			code = tn_op_await(op, -1, NULL, err);
+			tn_unref(op);
+		}
+	}
+	if (!code && !((n->flags & TAILNODE_RESTART) && n->mode == TAILNODE_ISOLATED)) {
+		explicit_bzero(n->open_msg, n->open_len); // the auth key
+		free(n->open_msg);
+		n->open_msg = NULL;
+	}
+	uint64_t id = code ? 0 : tn_handle_add(&n->o);
+	if (!code && !id)
+		code = tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: too many handles");
+	if (!code) {
+		out->id = id;
+		tn_unref(n);
+		return tn_ok(err);
+	}
+	struct callbacks *cb = n->callbacks;
+	if (n->core) {
+		struct args a2 = {.kind = K_CLOSE};
+		struct op *op;
+		if (tn_start_op_on(n, &a2, &op, NULL) == 0) {
+			tn_op_await(op, -1, NULL, NULL);
+			tn_unref(op);
+		}
+	}
+	if (cb)
+		tn_callbacks_join(cb);
+	tn_unref(n);
+	return code;
+}
+
+static int close_op(tailnode_node node, struct op **op, struct callbacks **cb, tailnode_error *err) {
+	CHECK_FORK(err);
+	int code = 0;
+	struct node *n = tn_handle_remove(node.id, O_NODE, &code);
+	if (!n)
+		return tn_fail(err, code, 0, code == TAILNODE_CLOSED ? "tailnode: the node is closed" : "tailnode: this is not the handle of a node");
+	pthread_mutex_lock(&n->mu);
+	*cb = n->callbacks;
+	n->callbacks = NULL;
+	n->flags &= ~TAILNODE_RESTART; // a helper that is dead is as good as closed
+	pthread_mutex_unlock(&n->mu);
+	struct args a = {.kind = K_CLOSE};
+	code = tn_start_op_on(n, &a, op, err);
+	tn_unref(n); // once the last call in flight is over, the socket to a helper closes, and the helper ends
+	return code;
+}
+
+int tailnode_close(tailnode_node node, tailnode_error *err) {
+	struct op *op;
+	struct callbacks *cb = NULL;
+	int code = close_op(node, &op, &cb, err);
+	if (!code) {
+		code = tn_op_await(op, -1, NULL, err);
+		tn_unref(op);
+	}
+	if (cb)
+		tn_callbacks_join(cb);
+	return code;
+}
+
+// ---- calls that only wait for the core ----
+
+static int start_public(tailnode_node node, const struct args *a, tailnode_op *out, tailnode_error *err) {
+	NEED(out, "there is no place for the operation's handle");
+	struct op *op;
+	int code = tn_start_op(node.id, a, &op, err);
+	return code ? code : tn_op_publish(op, out, err);
+}
+
+int tailnode_close_start(tailnode_node node, tailnode_op *out, tailnode_error *err) {
+	NEED(out, "there is no place for the operation's handle");
+	struct op *op;
+	struct callbacks *cb = NULL;
+	int code = close_op(node, &op, &cb, err);
+	if (cb)
+		tn_callbacks_release(cb);
+	return code ? code : tn_op_publish(op, out, err);
+}
+
+int tailnode_start(tailnode_node node, tailnode_error *err) {
+	return tn_call(node.id, &(struct args){.kind = K_START}, NULL, err);
+}
+
+#define UP_ARGS (struct args){.kind = K_UP, .timeout_ms = timeout_ms}
+int tailnode_up(tailnode_node node, int64_t timeout_ms, tailnode_error *err) { return tn_call(node.id, &UP_ARGS, NULL, err); }
+int tailnode_up_start(tailnode_node node, int64_t timeout_ms, tailnode_op *op, tailnode_error *err) { return start_public(node, &UP_ARGS, op, err); }
+
+static int call_json(tailnode_node node, const struct args *a, char **json, size_t *len, tailnode_error *err) {
+	NEED(json, "there is no place for the answer");
+	tailnode_result r = {.size = sizeof r, .fd = -1};
+	int code = tn_call(node.id, a, &r, err);
+	if (code)
+		return code;
+	*json = r.data;
+	if (len)
+		*len = r.data_len;
+	return 0;
+}
+
+#define STATUS_ARGS (struct args){.kind = K_STATUS, .arg = {peers != 0}}
+int tailnode_status(tailnode_node node, int peers, char **json, size_t *len, tailnode_error *err) { return call_json(node, &STATUS_ARGS, json, len, err); }
+int tailnode_status_start(tailnode_node node, int peers, tailnode_op *op, tailnode_error *err) { return start_public(node, &STATUS_ARGS, op, err); }
+
+#define WHOIS_ARGS (struct args){.kind = K_WHOIS, .timeout_ms = timeout_ms, .str = {addr}, .strings = 1}
+int tailnode_whois(tailnode_node node, const char *addr, int64_t timeout_ms, char **json, size_t *len, tailnode_error *err) {
+	NEED(addr, "the address is NULL");
+	return call_json(node, &WHOIS_ARGS, json, len, err);
+}
+int tailnode_whois_start(tailnode_node node, const char *addr, int64_t timeout_ms, tailnode_op *op, tailnode_error *err) {
+	NEED(addr, "the address is NULL");
+	return start_public(node, &WHOIS_ARGS, op, err);
+}
+
+#define PING_ARGS (struct args){.kind = K_PING, .timeout_ms = timeout_ms, .str = {ip, type}, .strings = 2}
+int tailnode_ping(tailnode_node node, const char *ip, const char *type, int64_t timeout_ms, char **json, size_t *len, tailnode_error *err) {
+	NEED(ip && type, "the address or the type is NULL");
+	return call_json(node, &PING_ARGS, json, len, err);
+}
+int tailnode_ping_start(tailnode_node node, const char *ip, const char *type, int64_t timeout_ms, tailnode_op *op, tailnode_error *err) {
+	NEED(ip && type, "the address or the type is NULL");
+	return start_public(node, &PING_ARGS, op, err);
+}
+
+#define ADDRESSES_ARGS (struct args){.kind = K_ADDRESSES}
+int tailnode_addresses(tailnode_node node, tailnode_addr *ip4, tailnode_addr *ip6, tailnode_error *err) {
+	tailnode_result r = {.size = sizeof r, .fd = -1};
+	int code = tn_call(node.id, &ADDRESSES_ARGS, &r, err);
+	if (code)
+		return code;
+	if (ip4)
+		*ip4 = r.local;
+	if (ip6)
+		*ip6 = r.remote;
+	return 0;
+}
+int tailnode_addresses_start(tailnode_node node, tailnode_op *op, tailnode_error *err) { return start_public(node, &ADDRESSES_ARGS, op, err); }
+
+// ---- calls that give a descriptor ----
+
+static int call_fd(tailnode_node node, const struct args *a, int *fd, tailnode_addr *local, tailnode_addr *remote, tailnode_error *err) {
+	NEED(fd, "there is no place for the descriptor");
+	NEED(!(a->arg[0] & ~(int64_t)TAILNODE_NONBLOCK), "this flag does not exist");
+	tailnode_result r = {.size = sizeof r, .fd = -1};
+	int code = tn_call(node.id, a, &r, err);
+	if (code)
+		return code;
+	if (r.fd < 0) // the core sent one, but this process had no room for it
+		return tn_fail(err, TAILNODE_EXHAUSTED, EMFILE, "tailnode: too many open files");
+	*fd = r.fd;
+	if (local)
+		*local = r.local;
+	if (remote)
+		*remote = r.remote;
+	return 0;
+}
+
+static int start_fd(tailnode_node node, const struct args *a, tailnode_op *op, tailnode_error *err) {
+	NEED(!(a->arg[0] & ~(int64_t)TAILNODE_NONBLOCK), "this flag does not exist");
+	return start_public(node, a, op, err);
+}
+
+#define NEED_ADDRESS NEED(network && address, "the network or the address is NULL")
+
+#define DIAL_ARGS (struct args){.kind = K_DIAL, .timeout_ms = timeout_ms, .arg = {flags}, .str = {network, address}, .strings = 2}
+int tailnode_dial(tailnode_node node, const char *network, const char *address, uint32_t flags, int64_t timeout_ms, int *fd, tailnode_addr *local,
+                  tailnode_addr *remote, tailnode_error *err) {
+	NEED_ADDRESS;
+	return call_fd(node, &DIAL_ARGS, fd, local, remote, err);
+}
+int tailnode_dial_start(tailnode_node node, const char *network, const char *address, uint32_t flags, int64_t timeout_ms, tailnode_op *op, tailnode_error *err) {
+	NEED_ADDRESS;
+	return start_fd(node, &DIAL_ARGS, op, err);
+}
+
+#define LISTEN_ARGS(k) (struct args){.kind = k, .arg = {flags}, .str = {network, address}, .strings = 2}
+int tailnode_listen(tailnode_node node, const char *network, const char *address, uint32_t flags, int *fd, tailnode_addr *bound, tailnode_error *err) {
+	NEED_ADDRESS;
+	return call_fd(node, &LISTEN_ARGS(K_LISTEN), fd, bound, NULL, err);
+}
+int tailnode_listen_start(tailnode_node node, const char *network, const char *address, uint32_t flags, tailnode_op *op, tailnode_error *err) {
+	NEED_ADDRESS;
+	return start_fd(node, &LISTEN_ARGS(K_LISTEN), op, err);
+}
+int tailnode_listen_packet(tailnode_node node, const char *network, const char *address, uint32_t flags, int *fd, tailnode_addr *bound, tailnode_error *err) {
+	NEED_ADDRESS;
+	return call_fd(node, &LISTEN_ARGS(K_LISTEN_PACKET), fd, bound, NULL, err);
+}
+int tailnode_listen_packet_start(tailnode_node node, const char *network, const char *address, uint32_t flags, tailnode_op *op, tailnode_error *err) {
+	NEED_ADDRESS;
+	return start_fd(node, &LISTEN_ARGS(K_LISTEN_PACKET), op, err);
+}
+
+#define WATCH_ARGS (struct args){.kind = K_WATCH, .arg = {flags}}
+int tailnode_watch(tailnode_node node, uint32_t flags, int *fd, tailnode_error *err) { return call_fd(node, &WATCH_ARGS, fd, NULL, NULL, err); }
+int tailnode_watch_start(tailnode_node node, uint32_t flags, tailnode_op *op, tailnode_error *err) { return start_fd(node, &WATCH_ARGS, op, err); }
+
+// ---- calls that fill a struct ----
+
+// What the core sends as data is laid out like the struct behind its size field.
+static int call_struct(tailnode_node node, const struct args *a, void *out, size_t full, tailnode_error *err) {
+	size_t size = 0;
+	if (out)
+		memcpy(&size, out, sizeof size);
+	NEED(size >= sizeof size && size <= 4096, "the size field of the struct is not set");
+	tailnode_result r = {.size = sizeof r, .fd = -1};
+	int code = tn_call(node.id, a, &r, err);
+	if (code)
+		return code;
+	if (size > full)
+		size = full;
+	size_t room = size - sizeof size, n = r.data_len < room ? r.data_len : room;
+	memset((char *)out + sizeof size, 0, room);
+	if (n)
+		memcpy((char *)out + sizeof size, r.data, n);
+	free(r.data);
+	return 0;
+}
+
+int tailnode_loopback(tailnode_node node, tailnode_loopback_info *out, tailnode_error *err) {
+	return call_struct(node, &(struct args){.kind = K_LOOPBACK}, out, sizeof *out, err);
+}
+int tailnode_runtime_stats(tailnode_node node, tailnode_stats *out, tailnode_error *err) {
+	return call_struct(node, &(struct args){.kind = K_STATS}, out, sizeof *out, err);
+}
+
+static int set(tailnode_node node, enum kind k, int64_t v, tailnode_error *err) {
+	return tn_call(node.id, &(struct args){.kind = k, .arg = {v}}, NULL, err);
+}
+int tailnode_set_memory_limit(tailnode_node node, int64_t bytes, tailnode_error *err) {
+	NEED(bytes > 0, "the memory limit is not positive");
+	return set(node, K_MEMORY_LIMIT, bytes, err);
+}
+int tailnode_set_max_procs(tailnode_node node, int32_t n, tailnode_error *err) {
+	NEED(n > 0, "the number of processors is not positive");
+	return set(node, K_MAX_PROCS, n, err);
+}
+int tailnode_set_gc_percent(tailnode_node node, int32_t percent, tailnode_error *err) {
+	NEED(percent >= -1, "the percentage is below -1");
+	return set(node, K_GC_PERCENT, percent, err);
+}
+int tailnode_trim(tailnode_node node, tailnode_error *err) { return set(node, K_TRIM, 0, err); }
+int tailnode_memory_pressure(tailnode_node node, int level, tailnode_error *err) {
+	NEED(level >= 0 && level <= 2, "the level of memory pressure is not 0, 1 or 2");
+	return set(node, K_PRESSURE, level, err);
+}

@@ -1,0 +1,154 @@
+// internal.h - what the files of the thin client share. See docs/c-abi.md for the messages.
+#ifndef TAILNODE_INTERNAL_H
+#define TAILNODE_INTERNAL_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include "../include/tailnode.h"
+
+#define HIDDEN __attribute__((visibility("hidden")))
+
+// ---- messages: all numbers in the machine's own order, for both ends are on one machine ----
+
+#define REQUEST_MAGIC 0x544e5131u
+#define REPLY_MAGIC 0x544e5231u
+#define MAX_STRINGS 8
+#define MAX_REQUEST (128 << 10)
+
+enum kind {
+	K_NEW = 1, K_START, K_UP, K_CLOSE, K_STATUS, K_ADDRESSES, K_WHOIS, K_PING, K_DIAL, K_LISTEN,
+	K_LISTEN_PACKET, K_WATCH, K_LOOPBACK, K_STATS, K_MEMORY_LIMIT, K_MAX_PROCS, K_GC_PERCENT, K_TRIM, K_PRESSURE,
+};
+
+struct request {
+	uint32_t magic, kind;
+	uint64_t node;
+	int64_t timeout_ms;
+	int64_t arg[8];
+	uint32_t strings, reserved;
+	uint32_t len[MAX_STRINGS];
+};
+
+struct reply {
+	uint32_t magic;
+	int32_t code, sys_errno;
+	uint32_t data_len;
+	tailnode_addr local, remote;
+};
+
+// ---- errors ----
+
+HIDDEN int tn_fail(tailnode_error *err, int code, int sys_errno, const char *format, ...) __attribute__((format(printf, 4, 5)));
+HIDDEN int tn_ok(tailnode_error *err);
+HIDDEN void tn_set(tailnode_error *err, int code, int sys_errno, const char *text, size_t len);
+
+// ---- fork ----
+
+extern HIDDEN volatile int tn_forked;
+#define CHECK_FORK(err)                                                                                            \
+	do {                                                                                                       \
+		if (tn_forked)                                                                                     \
+			return tn_fail(err, TAILNODE_FORKED, 0, "tailnode: this process is a fork of the one that has the node"); \
+	} while (0)
+
+// ---- handles ----
+
+enum object { O_NODE = 1, O_OP };
+
+struct object_header {
+	enum object type;
+	int refs; // atomic
+	void (*destroy)(void *);
+};
+
+HIDDEN uint64_t tn_handle_add(struct object_header *o); // takes a reference; 0: table full or no memory
+HIDDEN void *tn_handle_get(uint64_t id, enum object type, int *code); // adds a reference
+HIDDEN void *tn_handle_remove(uint64_t id, enum object type, int *code); // hands over the table's reference
+HIDDEN void tn_ref(void *o);
+HIDDEN void tn_unref(void *o);
+
+// ---- cores ----
+
+struct core {
+	pthread_mutex_t mu; // held over one sendmsg
+	int refs;           // atomic
+	int fd;
+	pid_t pid; // of the helper; 0 in process
+};
+
+HIDDEN int tn_core_in_process(struct core **out, tailnode_error *err);
+HIDDEN int tn_core_spawn(const char *path, struct core **out, tailnode_error *err);
+HIDDEN void tn_core_unref(struct core *c);
+HIDDEN void tn_core_in_child(void);
+// Sends one message with up to two descriptors; they stay the caller's. Returns 0 or an errno.
+HIDDEN int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, int nfds);
+
+// ---- nodes ----
+
+struct node {
+	struct object_header o;
+	pthread_mutex_t mu; // guards core, calls_thread
+	struct core *core;
+	uint64_t number; // its name on core's socket
+	uint32_t mode, flags;
+	// Kept for a restart; the auth key is in there.
+	char *open_msg;
+	size_t open_len;
+	char *helper_path;
+	int log_fd; // duplicate of the host's, or -1
+	void (*log)(void *, int, const char *, size_t);
+	void (*auth_url)(void *, const char *);
+	void *user;
+	struct callbacks *callbacks;
+};
+
+struct callbacks; // the thread that runs a node's callbacks
+HIDDEN int tn_callbacks_start(struct node *n, int fd, struct callbacks **out);
+HIDDEN void tn_callbacks_join(struct callbacks *c); // waits, unless called on its thread
+HIDDEN void tn_callbacks_release(struct callbacks *c); // lets it run out by itself
+
+// ---- operations ----
+
+struct op {
+	struct object_header o;
+	pthread_mutex_t mu; // guards what follows
+	int fd;             // non-blocking
+	bool canceled, isolated, taken;
+	struct reply head;
+	size_t got; // bytes of head, then of data
+	char *data;
+	int passed; // descriptor of the reply, or -1
+};
+
+struct args {
+	enum kind kind;
+	int64_t timeout_ms;
+	int64_t arg[8];
+	const char *str[MAX_STRINGS];
+	int strings;
+};
+
+HIDDEN int tn_start_op(uint64_t node_id, const struct args *a, struct op **out, tailnode_error *err);
+HIDDEN int tn_start_op_on(struct node *n, const struct args *a, struct op **out, tailnode_error *err);
+HIDDEN int tn_op_await(struct op *op, int64_t timeout_ms, tailnode_result *out, tailnode_error *err);
+HIDDEN int tn_call(uint64_t node_id, const struct args *a, tailnode_result *out, tailnode_error *err);
+HIDDEN int tn_op_publish(struct op *op, tailnode_op *out, tailnode_error *err);
+HIDDEN int tn_pack(char **out, size_t *len, uint64_t number, const struct args *a, tailnode_error *err);
+
+// ---- small ----
+
+HIDDEN ssize_t tn_recv_fd(int fd, void *buf, size_t len, int flags, int *passed);
+HIDDEN int64_t tn_now_ms(void);
+
+#endif
