@@ -379,3 +379,27 @@ func (s *spyStore) secrets() []string {
 	defer s.mu.Unlock()
 	return s.seen
 }
+
+// TestUnusableDir gives a Server places where no state can be kept.
+func TestUnusableDir(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{file, filepath.Join(file, "below")} {
+		s := &tailnode.Server{Hostname: "a", Dir: dir, ControlURL: "http://127.0.0.1:1"}
+		wantCode(t, s.Start(), tailnode.CodeStateIO, file)
+		s.Close()
+	}
+	if b, err := os.ReadFile(file); err != nil || len(b) != 0 {
+		t.Errorf("the file that was in the way is %q, %v", b, err)
+	}
+	if filepath.Separator == '/' {
+		for _, name := range []string{"HOME", "XDG_CONFIG_HOME"} {
+			t.Setenv(name, "")
+		}
+		s := &tailnode.Server{Hostname: "a", ControlURL: "http://127.0.0.1:1"}
+		wantCode(t, s.Start(), tailnode.CodeInvalidArgument, "set Dir")
+		s.Close()
+	}
+}

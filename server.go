@@ -42,6 +42,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/tailnode/tailnode/internal/errcode"
 	"github.com/tailnode/tailnode/internal/node"
 	"github.com/tailnode/tailnode/internal/state"
 )
@@ -143,7 +144,7 @@ func (s *Server) startLocked() (err error) {
 	if exe, err := os.Executable(); err == nil {
 		prog = strings.TrimSuffix(strings.ToLower(filepath.Base(exe)), ".exe")
 	} else if s.Hostname == "" || s.Store == nil && s.Dir == "" {
-		return fmt.Errorf("the program's name is not known (%w): set Hostname and Dir", err)
+		return errcode.New(errcode.InvalidArgument, "the program's name is not known (%w): set Hostname and Dir", err)
 	}
 	store, err := s.openStore(prog)
 	if err != nil {
@@ -181,7 +182,7 @@ func (s *Server) openStore(prog string) (state.Store, error) {
 	if s.dir == "" && s.Store == nil {
 		conf, err := os.UserConfigDir()
 		if err != nil {
-			return nil, fmt.Errorf("there is no place for the state (%w): set Dir", err)
+			return nil, errcode.New(errcode.InvalidArgument, "there is no place for the state (%w): set Dir", err)
 		}
 		s.dir = filepath.Join(conf, "tailnode-"+prog)
 	}
@@ -190,7 +191,7 @@ func (s *Server) openStore(prog string) (state.Store, error) {
 	}
 	f, err := state.OpenFile(s.dir)
 	if err != nil {
-		return nil, err
+		return nil, node.StateError(err)
 	}
 	s.release = func() { f.Close() }
 	return f, nil

@@ -208,6 +208,9 @@ func TestRegisterAnswers(t *testing.T) {
 			var e *RegisterError
 			return errors.As(err, &e) && e.Terminal && e.Message == "status by test"
 		}},
+		{"text with the auth key", &tailcfg.RegisterResponse{Error: "no tskey-secret here"}, "", func(err error) bool {
+			return !strings.Contains(err.Error(), "tskey-secret") && strings.Contains(err.Error(), "here")
+		}},
 		{"malformed", "{", "", func(err error) bool { return strings.Contains(err.Error(), "malformed answer") }},
 		{"too long", strings.Repeat(" ", maxReply+1), "", func(err error) bool { return errors.Is(err, ErrTooLarge) }},
 	}
@@ -216,7 +219,7 @@ func TestRegisterAnswers(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFake(t)
 				f.register = func(*tailcfg.RegisterRequest) any { return test.answer }
-				_, err := f.client(t).Register(t.Context(), &tailcfg.RegisterRequest{Followup: test.followup})
+				_, err := f.client(t).Register(t.Context(), &tailcfg.RegisterRequest{Followup: test.followup, Auth: &tailcfg.RegisterResponseAuth{AuthKey: "tskey-secret"}})
 				if err == nil || !test.check(err) {
 					t.Errorf("got %v", err)
 				}

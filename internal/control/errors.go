@@ -34,6 +34,7 @@ type RegisterError struct {
 	Terminal bool   // trying again with the same credential is of no use
 }
 
+// Error implements error.
 func (e *RegisterError) Error() string { return "control: registration refused: " + e.Message }
 
 // HTTPError is an answer within the channel whose status is not 200.
@@ -43,6 +44,7 @@ type HTTPError struct {
 	Text   string // the beginning of the body
 }
 
+// Error implements error.
 func (e *HTTPError) Error() string {
 	if e.Text == "" {
 		return fmt.Sprintf("control: %s: HTTP status %d", e.Path, e.Status)
@@ -58,6 +60,7 @@ type RateLimitError struct {
 	RetryAfter time.Duration // always positive
 }
 
+// Error implements error.
 func (e *RateLimitError) Error() string {
 	return fmt.Sprintf("control: %s: the server asks to wait %v: HTTP status %d: %s",
 		e.Path, e.RetryAfter.Round(time.Second), e.Status, e.Text)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/key"
@@ -32,7 +33,8 @@ func (c *Client) Register(ctx context.Context, req *tailcfg.RegisterRequest) (*t
 		err := httpError(path, resp, time.Now())
 		if h, ok := errors.AsType[*HTTPError](err); ok && h.Text != "" && h.Status >= 400 && h.Status < 500 && h.Status != http.StatusRequestTimeout {
 			// Some servers refuse by status. A long poll that ran out is no refusal.
-			return nil, fmt.Errorf("%w (%w)", &RegisterError{Message: h.Text, Terminal: r.Followup == ""}, err)
+			h.Text = withoutKey(&r, h.Text)
+			return nil, fmt.Errorf("%w (%w)", &RegisterError{Message: h.Text, Terminal: r.Followup == ""}, h)
 		}
 		return nil, err
 	}
@@ -45,9 +47,18 @@ func (c *Client) Register(ctx context.Context, req *tailcfg.RegisterRequest) (*t
 		return nil, fmt.Errorf("control: %s: malformed answer %s: %w", path, excerpt(b), err)
 	}
 	if out.Error != "" {
-		return nil, &RegisterError{Message: out.Error, Terminal: r.Followup == ""}
+		return nil, &RegisterError{Message: withoutKey(&r, out.Error), Terminal: r.Followup == ""}
 	}
 	return &out, nil
+}
+
+// withoutKey keeps the auth key out of the server's words, which go into errors and logs: some servers
+// quote the key that they refuse.
+func withoutKey(r *tailcfg.RegisterRequest, text string) string {
+	if r.Auth == nil || r.Auth.AuthKey == "" {
+		return text
+	}
+	return strings.ReplaceAll(text, r.Auth.AuthKey, "(the auth key)")
 }
 
 // longPast is the expiry by which a node asks control to forget its key.

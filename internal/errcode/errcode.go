@@ -82,6 +82,7 @@ type Error struct {
 	Err  error
 }
 
+// Error returns the text of the cause.
 func (e *Error) Error() string { return e.Err.Error() }
 
 // Unwrap returns the cause.

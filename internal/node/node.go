@@ -203,12 +203,12 @@ func loadMachineKey(st state.Store) (k key.MachinePrivate, err error) {
 		k = key.NewMachine()
 		text, _ := k.MarshalText()
 		if err := st.WriteState(stateMachineKey, text); err != nil {
-			return k, stateErr(err)
+			return k, StateError(err)
 		}
 		return k, nil
 	}
 	if err != nil {
-		return k, stateErr(err)
+		return k, StateError(err)
 	}
 	if err := k.UnmarshalText(b); err != nil || k.IsZero() {
 		return k, errcode.New(errcode.StateCorrupt, "the state's entry %q is not a key; it was left as it is", stateMachineKey)
@@ -221,7 +221,7 @@ func (n *Node) loadNode() error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return stateErr(err)
+		return StateError(err)
 	default:
 		if json.Unmarshal(b, &n.saved) != nil || n.saved.NodeKey.IsZero() {
 			return errcode.New(errcode.StateCorrupt, "the state's entry %q cannot be read; it was left as it is", stateNode)
@@ -241,13 +241,14 @@ func (n *Node) save(s saved) error {
 		return err
 	}
 	if err := n.cfg.Store.WriteState(stateNode, b); err != nil {
-		return stateErr(err)
+		return StateError(err)
 	}
 	n.saved = s
 	return nil
 }
 
-func stateErr(err error) error {
+// StateError gives an error of a Store its code.
+func StateError(err error) error {
 	switch {
 	case err == nil:
 		return nil

@@ -36,6 +36,7 @@ var (
 // unauthenticated, so it is a hint to show and nothing to act on.
 type RefusedError struct{ Text string }
 
+// Error implements error.
 func (e *RefusedError) Error() string { return fmt.Sprintf("noise: the server refused: %q", e.Text) }
 
 // maxRefusal bounds the refusal text that a client reads.
