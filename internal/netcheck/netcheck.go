@@ -1,5 +1,7 @@
 // Package netcheck finds out what the network is like: which relay regions answer, how fast, over which
-// family, and the node's address as they see it. From that it chooses the home region.
+// family, and the node's address as they see it. From that it chooses the home region. A full check, for
+// a person to read, also finds out whether UDP between two nodes behind the same NAT comes back in (hairpin), which
+// protocols map ports, and whether a captive portal is in the way (docs/protocol/netcheck.md).
 //
 // What to send and what to make of it are pure functions ([Plan], [ChooseHome]); [Run] is the
 // runner around them. It takes no longer than the answer needs: a single region is chosen without a packet, the first
@@ -13,6 +15,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"sort"
 	"strconv"
 	"sync"
 	"time"
@@ -21,8 +24,11 @@ import (
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
-// DefaultTimeout bounds a check.
-const DefaultTimeout = 500 * time.Millisecond
+// DefaultTimeout bounds a check, and DefaultFullTimeout a full one.
+const (
+	DefaultTimeout     = 500 * time.Millisecond
+	DefaultFullTimeout = 3 * time.Second
+)
 
 // defaultSTUNPort is the port of a node that names none (RFC 8489 §8.1).
 const defaultSTUNPort = 3478
@@ -39,15 +45,35 @@ type Config struct {
 	HomeAlive bool
 	// Last is the previous report, for its recent latencies. It may be nil.
 	Last *Report
-	// Full measures every region even if the choice is clear, for as long as Timeout.
+	// Full measures every region even if the choice is clear, for as long as Timeout, and looks for hairpin,
+	// port mapping and captive portals as well.
 	Full    bool
-	Timeout time.Duration // 0: DefaultTimeout
+	Timeout time.Duration // 0: DefaultTimeout, or DefaultFullTimeout
+
+	// Transport, if not nil, carries the STUN messages, so that GlobalV4 and GlobalV6 are those of its sockets. Otherwise the
+	// check opens sockets of its own.
+	Transport Transport
+	// PortMap finds out what maps ports, for a full check. It may be nil.
+	PortMap func(ctx context.Context) (PortMapping, error)
 
 	ListenPacket func(ctx context.Context, network, address string) (net.PacketConn, error)
 	DialContext  func(ctx context.Context, network, address string) (net.Conn, error)
 	LookupNetIP  func(ctx context.Context, network, host string) ([]netip.Addr, error)
 	Logger       *slog.Logger // nil: silent
 }
+
+// Transport is a pair of sockets that somebody else reads, such as those by which a node reaches its peers.
+type Transport interface {
+	// Families says for which there is a socket.
+	Families() (v4, v6 bool)
+	// WriteSTUN sends b from the socket of dst's family. It does not block.
+	WriteSTUN(b []byte, dst netip.AddrPort) error
+	// OnSTUN calls f for each STUN message that comes, request or response, until stop has returned. f neither blocks nor keeps b.
+	OnSTUN(f func(b []byte, src netip.AddrPort)) (stop func())
+}
+
+// PortMapping says which protocols map ports.
+type PortMapping struct{ PMP, PCP, UPnP bool }
 
 // Report is what a check found. It must not be changed.
 type Report struct {
@@ -66,6 +92,17 @@ type Report struct {
 	// MappingVaries says that two servers saw different IPv4 addresses or ports; unset with fewer than two.
 	MappingVaries tailcfg.OptBool
 
+	// Of a full check alone:
+
+	// LatencyHTTPS is each region's time of an HTTPS request, where UDP did not answer.
+	LatencyHTTPS map[int]time.Duration
+	// Hairpin says that a datagram to an address of the NAT's outside comes back in; unset without IPv4.
+	Hairpin tailcfg.OptBool
+	// PMP, PCP and UPnP say whether the router has them; unset if that is not known.
+	PMP, PCP, UPnP tailcfg.OptBool
+	// CaptivePortal says that someone else answered in a relay's place; unset where UDP works, and where nobody answered.
+	CaptivePortal tailcfg.OptBool
+
 	recent map[int]sample   // each region's best of the last minutes
 	tried  map[int]struct{} // regions that this and earlier reports probed
 }
@@ -77,7 +114,7 @@ type sample struct {
 
 // NetInfo returns the report in the form that control wants.
 func (r *Report) NetInfo() *tailcfg.NetInfo {
-	ni := &tailcfg.NetInfo{PreferredDERP: r.Home, MappingVariesByDestIP: r.MappingVaries}
+	ni := &tailcfg.NetInfo{PreferredDERP: r.Home, MappingVariesByDestIP: r.MappingVaries, PMP: r.PMP, PCP: r.PCP, UPnP: r.UPnP}
 	if len(r.tried) == 0 {
 		return ni // nothing was measured
 	}
@@ -98,27 +135,32 @@ type answer struct {
 	region int
 	kind   Kind
 	d      time.Duration
-	addr   netip.AddrPort
+	addr   netip.AddrPort // of this node, as the server sees it
+	server netip.AddrPort
 }
 
 type sentProbe struct {
 	Probe
 	at time.Time
+	to netip.AddrPort
 }
 
 // check is one run.
 type check struct {
-	cfg   Config
-	ctx   context.Context
-	wg    sync.WaitGroup
-	conns map[Kind]net.PacketConn
+	cfg    Config
+	ctx    context.Context
+	wg     sync.WaitGroup
+	conns  map[Kind]net.PacketConn
+	v4, v6 bool // the families there are
 
 	mu   sync.Mutex
 	sent map[stun.TxID]sentProbe
+	loop hairpin
 
 	names   map[string]*name // by host name, owned by the run's goroutine
 	answers chan answer
-	failed  chan struct{} // one for each probe that cannot be answered any more; has room for all
+	failed  chan struct{}      // one for each probe that cannot be answered any more; has room for all
+	extra   chan func(*Report) // what else was found; has room for all
 }
 
 // name is a host name being looked up.
@@ -137,7 +179,8 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	r := &Report{
 		Time:    time.Now(),
 		Latency: map[int]time.Duration{}, LatencyV4: map[int]time.Duration{}, LatencyV6: map[int]time.Duration{},
-		recent: map[int]sample{}, tried: map[int]struct{}{},
+		LatencyHTTPS: map[int]time.Duration{},
+		recent:       map[int]sample{}, tried: map[int]struct{}{},
 	}
 	if cfg.Last != nil {
 		for id, s := range cfg.Last.recent {
@@ -150,7 +193,11 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		r.Home = regions[0].RegionID
 		return r, nil
 	}
-	if cfg.Timeout <= 0 {
+	switch {
+	case cfg.Timeout > 0:
+	case cfg.Full:
+		cfg.Timeout = DefaultFullTimeout
+	default:
 		cfg.Timeout = DefaultTimeout
 	}
 	if cfg.Logger == nil {
@@ -171,22 +218,34 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	cctx, cancel := context.WithTimeout(ctx, cfg.Timeout)
 	c := &check{
 		cfg: cfg, ctx: cctx,
-		conns:   map[Kind]net.PacketConn{},
-		sent:    map[stun.TxID]sentProbe{},
-		names:   map[string]*name{},
-		answers: make(chan answer, 16),
+		conns: map[Kind]net.PacketConn{},
+		sent:  map[stun.TxID]sentProbe{},
+		names: map[string]*name{},
 	}
 	defer c.wg.Wait()
 	defer c.close()
 	defer cancel()
-	c.listen(STUN4, "udp4")
-	c.listen(STUN6, "udp6")
-	full := cfg.Last
-	if cfg.Full {
-		full = nil
+	if t := cfg.Transport; t != nil {
+		c.v4, c.v6 = t.Families()
+	} else {
+		c.v4, c.v6 = c.listen(STUN4, "udp4"), c.listen(STUN6, "udp6")
 	}
-	plan := Plan(cfg.Map, cfg.Home, full, r.Time, c.conns[STUN4] != nil, c.conns[STUN6] != nil)
+	last := cfg.Last
+	if cfg.Full {
+		last = nil
+	}
+	plan := Plan(cfg.Map, cfg.Home, last, r.Time, c.v4, c.v6)
+	if cfg.Full {
+		plan = append(plan, captivePlan(cfg.Map, cfg.Home)...)
+		sort.SliceStable(plan, func(i, j int) bool { return plan[i].After < plan[j].After })
+	}
+	// Each probe is answered once at most, so that nobody who delivers an answer waits.
+	c.answers = make(chan answer, len(plan))
 	c.failed = make(chan struct{}, len(plan))
+	c.extra = make(chan func(*Report), len(plan)+2)
+	if cfg.Transport != nil {
+		defer cfg.Transport.OnSTUN(func(b []byte, _ netip.AddrPort) { c.take(0, b, time.Now()) })()
+	}
 	c.run(r, plan)
 	if err := ctx.Err(); err != nil {
 		return nil, context.Cause(ctx)
@@ -210,13 +269,23 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	return r, nil
 }
 
-func (c *check) listen(k Kind, network string) {
+func (c *check) listen(k Kind, network string) bool {
 	pc, err := c.cfg.ListenPacket(c.ctx, network, ":0")
 	if err != nil {
-		return // no such family here
+		return false // no such family here
 	}
 	c.conns[k] = pc
 	c.wg.Go(func() { c.receive(k, pc) })
+	return true
+}
+
+// write sends a STUN message from the socket of the family. It does not block.
+func (c *check) write(k Kind, b []byte, dst netip.AddrPort) error {
+	if t := c.cfg.Transport; t != nil {
+		return t.WriteSTUN(b, dst)
+	}
+	_, err := c.conns[k].WriteTo(b, net.UDPAddrFromAddrPort(dst))
+	return err
 }
 
 func (c *check) close() {
@@ -230,6 +299,10 @@ func (c *check) run(r *Report, plan []Probe) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	outstanding := len(plan)
+	if c.cfg.Full && c.cfg.PortMap != nil {
+		outstanding++
+		c.wg.Go(c.portMap)
+	}
 	udp, tcp := map[int]bool{}, map[int]time.Duration{} // regions by what answered
 	mapped := map[int]netip.AddrPort{}                  // IPv4 address by region
 	for {
@@ -245,13 +318,19 @@ func (c *check) run(r *Report, plan []Probe) {
 			p := plan[0]
 			plan = plan[1:]
 			_, tcpDone := tcp[p.Region]
-			if p.Kind == TCP && (r.UDP && !c.cfg.Full || udp[p.Region] || tcpDone) ||
-				p.Kind != TCP && p.After > 0 && answered(r, p) {
+			if p.Kind == TCP && (r.UDP && (p.After > 0 || !c.cfg.Full) || udp[p.Region] || tcpDone) ||
+				p.Kind == Captive && r.UDP ||
+				p.Kind < TCP && p.After > 0 && answered(r, p) {
 				outstanding-- // the answer is there
 				continue
 			}
-			r.tried[p.Region] = struct{}{}
+			if p.Kind != Captive {
+				r.tried[p.Region] = struct{}{}
+			}
 			c.probe(p)
+		}
+		if outstanding == 0 {
+			return
 		}
 		if len(plan) > 0 {
 			until = min(until, plan[0].After)
@@ -263,11 +342,17 @@ func (c *check) run(r *Report, plan []Probe) {
 		case <-timer.C:
 		case <-c.failed:
 			outstanding--
+		case f := <-c.extra:
+			outstanding--
+			f(r)
 		case a := <-c.answers:
 			outstanding--
 			switch a.kind {
 			case TCP:
 				tcp[a.region] = a.d
+				if c.cfg.Full {
+					r.LatencyHTTPS[a.region] = a.d
+				}
 				if !udp[a.region] {
 					least(r.Latency, a.region, a.d)
 				}
@@ -277,6 +362,10 @@ func (c *check) run(r *Report, plan []Probe) {
 				least(r.LatencyV4, a.region, a.d)
 				if !r.GlobalV4.IsValid() {
 					r.GlobalV4 = a.addr
+					if c.cfg.Full {
+						outstanding++
+						c.wg.Go(func() { c.findHairpin(a.server, a.addr) })
+					}
 				}
 				mapped[a.region] = a.addr
 				if len(mapped) > 1 {
@@ -320,8 +409,12 @@ func least(m map[int]time.Duration, k int, d time.Duration) {
 
 // probe sends p, after looking its host's name up if need be, in a goroutine where that can block.
 func (c *check) probe(p Probe) {
-	if p.Kind == TCP {
+	switch p.Kind {
+	case TCP:
 		c.wg.Go(func() { c.connect(p) })
+		return
+	case Captive:
+		c.wg.Go(func() { c.captive(p) })
 		return
 	}
 	if a, ok := literal(p.Node, p.Kind); ok {
@@ -377,10 +470,10 @@ func (c *check) sendSTUN(p Probe, a netip.Addr) {
 	}
 	tx := stun.NewTxID()
 	c.mu.Lock()
-	c.sent[tx] = sentProbe{p, time.Now()}
+	dst := netip.AddrPortFrom(a, uint16(port))
+	c.sent[tx] = sentProbe{p, time.Now(), dst}
 	c.mu.Unlock()
-	dst := net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, uint16(port)))
-	if _, err := c.conns[p.Kind].WriteTo(stun.AppendRequest(nil, tx), dst); err != nil {
+	if err := c.write(p.Kind, stun.AppendRequest(nil, tx), dst); err != nil {
 		c.mu.Lock()
 		delete(c.sent, tx)
 		c.mu.Unlock()
@@ -403,26 +496,31 @@ func (c *check) receive(k Kind, pc net.PacketConn) {
 			}
 			return
 		}
-		tx, addr, err := stun.ParseResponse(b[:n])
-		if err != nil {
-			continue
-		}
-		c.mu.Lock()
-		s, ok := c.sent[tx]
-		delete(c.sent, tx)
-		c.mu.Unlock()
-		if !ok || s.Kind != k {
-			continue
-		}
-		select {
-		case c.answers <- answer{s.Region, k, now.Sub(s.at), addr}:
-		case <-c.ctx.Done():
-			return
-		}
+		c.take(k, b[:n], now)
 	}
 }
 
-// connect measures a TCP connection, which takes one round trip.
+// take takes a message that came on the socket of kind k, 0 if that is not known. It does not block.
+func (c *check) take(k Kind, b []byte, now time.Time) {
+	tx, addr, err := stun.ParseResponse(b)
+	if err != nil {
+		if tx, err := stun.ParseRequest(b); err == nil {
+			c.loop.saw(tx)
+		}
+		return
+	}
+	c.mu.Lock()
+	s, ok := c.sent[tx]
+	if ok = ok && (k == 0 || s.Kind == k); ok {
+		delete(c.sent, tx)
+	}
+	c.mu.Unlock()
+	if ok {
+		c.answers <- answer{s.Region, s.Kind, now.Sub(s.at), addr, s.to}
+	}
+}
+
+// connect measures a TCP connection, which takes one round trip, or in a full check the relay's answer to an HTTPS request.
 func (c *check) connect(p Probe) {
 	n := p.Node
 	port := n.DERPPort
@@ -460,9 +558,16 @@ func (c *check) connect(p Probe) {
 		return
 	}
 	d := time.Since(start)
-	conn.Close()
-	select {
-	case c.answers <- answer{p.Region, TCP, d, netip.AddrPort{}}:
-	case <-c.ctx.Done():
+	if c.cfg.Full {
+		stop := context.AfterFunc(c.ctx, func() { conn.Close() })
+		d, err = latencyCheck(c.ctx, conn, n)
+		stop()
 	}
+	conn.Close()
+	if err != nil {
+		c.cfg.Logger.Debug("netcheck: HTTPS", "region", p.Region, "err", err)
+		c.fail()
+		return
+	}
+	c.answers <- answer{region: p.Region, kind: TCP, d: d}
 }

@@ -38,9 +38,10 @@ type Kind uint8
 
 // The kinds of probe.
 const (
-	STUN4 Kind = iota + 1 // a STUN request over UDP and IPv4
-	STUN6                 // the same over IPv6
-	TCP                   // a TCP connection, closed at once
+	STUN4   Kind = iota + 1 // a STUN request over UDP and IPv4
+	STUN6                   // the same over IPv6
+	TCP                     // a TCP connection, closed at once; in a full check an HTTPS request over it
+	Captive                 // an HTTP request that only the relay can answer as it does
 )
 
 // Probe is one thing to send.
@@ -66,6 +67,31 @@ func candidates(dm *tailcfg.DERPMap) []*tailcfg.DERPRegion {
 	}
 	slices.SortFunc(out, func(a, b *tailcfg.DERPRegion) int { return cmp.Compare(a.RegionID, b.RegionID) })
 	return out
+}
+
+const (
+	// captiveAfter is how long UDP has for its first answer before a captive portal is looked for: where UDP
+	// works there is none. captiveNodes bounds the relays that are asked.
+	captiveAfter = 200 * time.Millisecond
+	captiveNodes = 5
+)
+
+// captivePlan returns the probes for a captive portal, of the home region first. Names are not looked up: a
+// portal's own resolver may answer them.
+func captivePlan(dm *tailcfg.DERPMap, home int) (plan []Probe) {
+	regions := candidates(dm)
+	sort.SliceStable(regions, func(i, j int) bool { return regions[i].RegionID == home && regions[j].RegionID != home })
+	for _, r := range regions {
+		for _, n := range r.Nodes[:min(len(r.Nodes), maxNodes)] {
+			if n == nil || !n.CanPort80 || len(plan) == captiveNodes {
+				continue
+			}
+			if a, err := netip.ParseAddr(n.IPv4); err == nil && a.Is4() {
+				plan = append(plan, Probe{r.RegionID, n, Captive, captiveAfter})
+			}
+		}
+	}
+	return plan
 }
 
 // Plan returns the probes that find the home among dm's regions, in the order of their time. home is the present

@@ -10,7 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/netip"
-	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"time"
@@ -85,15 +85,7 @@ func (c *Client) describe(ctx context.Context, gw netip.Addr, u location) ([]ser
 			status, _ := element(reply, "NewConnectionStatus")
 			up[s] = err == nil && (status == "Connected" || status == "Up")
 		}
-		slices.SortStableFunc(services, func(a, b service) int {
-			switch {
-			case up[a] == up[b]:
-				return 0
-			case up[a]:
-				return -1
-			}
-			return 1
-		})
+		sort.SliceStable(services, func(i, j int) bool { return up[services[i]] && !up[services[j]] })
 	}
 	return services, nil
 }
@@ -172,9 +164,9 @@ func (c *Client) mapService(ctx context.Context, s service, want target, prev ui
 			port = uint16(1024 + rand.IntN(1<<16-1024))
 		}
 		got, err = c.addUPnP(ctx, s, want, port, lease)
-		var code upnpError
-		if err == nil || !errors.As(err, &code) {
-			break
+		code, ok := errors.AsType[upnpError](err)
+		if !ok {
+			break // done, or there was no answer
 		}
 		switch {
 		case (code == upnpOnlyPermanent || code == upnpInvalidArgs) && lease != 0:

@@ -2,9 +2,9 @@ package portmap
 
 import (
 	"bytes"
-	"cmp"
 	"net/netip"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 )
@@ -172,8 +172,8 @@ func parseDescription(doc []byte, at netip.AddrPort, path string) (out []service
 			in = false
 		}
 	}
-	slices.SortStableFunc(out, func(a, b service) int {
-		return cmp.Compare(slices.Index(serviceTypes, a.typ), slices.Index(serviceTypes, b.typ))
+	sort.SliceStable(out, func(i, j int) bool {
+		return slices.Index(serviceTypes, out[i].typ) < slices.Index(serviceTypes, out[j].typ)
 	})
 	return out
 }
