@@ -6,6 +6,7 @@ package natlab
 import (
 	"fmt"
 	"net/netip"
+	"sync"
 	"time"
 )
 
@@ -178,10 +179,12 @@ func (n *NAT) In(now time.Time, remote, ext netip.AddrPort) (netip.AddrPort, boo
 // Mappings returns how many mappings there are, expired ones included.
 func (n *NAT) Mappings() int { return len(n.ext) }
 
-// Lab joins NATs. It implements memnet's Router. It is not safe for concurrent use; memnet calls it one at a time.
+// Lab joins NATs. It implements memnet's Router, and is safe for concurrent use.
 type Lab struct {
+	now func() time.Time
+
+	mu   sync.Mutex
 	nats []*NAT
-	now  func() time.Time
 }
 
 // New returns a lab in which every address is open to the world. now is time.Now if nil.
@@ -195,6 +198,8 @@ func New(now func() time.Time) *Lab {
 // Add puts a box in front of cfg.Inside. Its outside address may lie inside another box: then it is behind that one. Inside
 // networks must not overlap.
 func (l *Lab) Add(cfg Config) *NAT {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, n := range l.nats {
 		if n.cfg.Inside.Overlaps(cfg.Inside) {
 			panic("natlab: inside networks overlap")
@@ -205,7 +210,7 @@ func (l *Lab) Add(cfg Config) *NAT {
 	return n
 }
 
-// behind returns the box in front of a, nil if a is open to the world.
+// behind returns the box in front of a, nil if a is open to the world. mu is held.
 func (l *Lab) behind(a netip.Addr) *NAT {
 	for _, n := range l.nats {
 		if n.cfg.Inside.Contains(a) {
@@ -215,7 +220,7 @@ func (l *Lab) behind(a netip.Addr) *NAT {
 	return nil
 }
 
-// owner returns the box whose outside address a is.
+// owner returns the box whose outside address a is. mu is held.
 func (l *Lab) owner(a netip.Addr) *NAT {
 	for _, n := range l.nats {
 		if n.cfg.Outside == a {
@@ -228,6 +233,8 @@ func (l *Lab) owner(a netip.Addr) *NAT {
 // Out takes a datagram through the boxes in front of its source.
 func (l *Lab) Out(src, dst netip.AddrPort) (netip.AddrPort, bool) {
 	now := l.now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for n := l.behind(src.Addr()); n != nil; {
 		if n.cfg.Inside.Contains(dst.Addr()) {
 			return src, true // within one network
@@ -253,6 +260,8 @@ func (l *Lab) Out(src, dst netip.AddrPort) (netip.AddrPort, bool) {
 // In takes a datagram through the boxes in front of its destination.
 func (l *Lab) In(src, dst netip.AddrPort) (netip.AddrPort, bool) {
 	now := l.now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	var through *NAT
 	for {
 		n := l.owner(dst.Addr())
