@@ -32,6 +32,7 @@ type joined interface {
 	Ping(ctx context.Context, ip netip.Addr, typ tailnode.PingType) (*tailnode.PingResult, error)
 	WhoIs(ctx context.Context, addr string) (*tailnode.WhoIsResponse, error)
 	Dial(ctx context.Context, network, addr string) (net.Conn, error)
+	DERPMap(ctx context.Context) (json.RawMessage, error)
 }
 
 type ownNode struct {
@@ -113,6 +114,10 @@ func socketHandler(n ownNode) http.Handler {
 		st, err := n.Status(r.Context())
 		reply(w, st, err)
 	})
+	mux.HandleFunc("GET /derpmap", func(w http.ResponseWriter, r *http.Request) {
+		dm, err := n.DERPMap(r.Context())
+		reply(w, dm, err)
+	})
 	mux.HandleFunc("GET /whois", func(w http.ResponseWriter, r *http.Request) {
 		who, err := n.WhoIs(r.Context(), r.FormValue("addr"))
 		reply(w, who, err)
@@ -191,6 +196,10 @@ func decodeWireError(body io.Reader) error {
 
 func (r *remoteNode) Status(ctx context.Context) (st *tailnode.Status, err error) {
 	return st, r.get(ctx, "/status", nil, &st)
+}
+
+func (r *remoteNode) DERPMap(ctx context.Context) (dm json.RawMessage, err error) {
+	return dm, r.get(ctx, "/derpmap", nil, &dm)
 }
 
 func (r *remoteNode) WhoIs(ctx context.Context, addr string) (w *tailnode.WhoIsResponse, err error) {

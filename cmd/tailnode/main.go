@@ -59,7 +59,7 @@ func run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) 
 		Suggest:         true,
 		Commands: []*cli.Command{
 			a.demoCommand(), a.upCommand(), a.serveCommand(), a.ncCommand(),
-			a.statusCommand(), a.pingCommand(), a.controlCommand(), a.relayCommand(),
+			a.statusCommand(), a.pingCommand(), a.netcheckCommand(), a.controlCommand(), a.relayCommand(),
 		},
 		Action: func(_ context.Context, c *cli.Command) error {
 			if c.Args().Present() {
