@@ -44,6 +44,11 @@ const (
 	CodeNotFound           = errcode.NotFound           // no peer has the address that WhoIs was asked for
 	CodeUnsupported        = errcode.Unsupported        // the network or the option is not offered
 	CodeExhausted          = errcode.Exhausted          // a limit of this node was reached
+
+	// In C and Rust only.
+	CodePending  = errcode.Pending  // there is nothing to take yet
+	CodeForked   = errcode.Forked   // this process is a fork of the one that has the node
+	CodeCoreLost = errcode.CoreLost // the helper process that ran the node has ended
 )
 
 // Error is the error of every call of this package. Err holds the cause: errors.Is finds

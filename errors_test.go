@@ -36,7 +36,7 @@ func TestCodes(t *testing.T) {
 			t.Errorf("code %d is %q, the list says %q", c.Code, got, c.Name)
 		}
 	}
-	if last := int(tailnode.CodeExhausted); len(v.Codes) != last {
+	if last := int(tailnode.CodeCoreLost); len(v.Codes) != last {
 		t.Errorf("the list has %d codes, the package %d", len(v.Codes), last)
 	}
 }

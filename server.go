@@ -113,6 +113,7 @@ type Server struct {
 	dir       string
 	release   func() // unlocks Dir
 	fallbacks fallbacks
+	loop      loopback
 	closing   chan struct{} // not nil once Close has begun; closed when it is done
 }
 
@@ -249,6 +250,7 @@ func (s *Server) Close() error {
 	s.node, s.release = nil, nil // a closed Server that is kept holds nothing
 	s.mu.Unlock()
 	defer close(s.closing)
+	s.loop.close()
 	if n != nil {
 		n.Close()
 	}

@@ -4,13 +4,7 @@ package core
 
 // loopback fills tailnode_loopback_info behind its size field: three texts of 64 bytes.
 func (nd *node) loopback(rp *reply) error {
-	l, ok := any(nd.srv).(interface {
-		Loopback() (string, string, string, error)
-	})
-	if !ok {
-		return errClosed
-	}
-	addr, proxy, local, err := l.Loopback()
+	addr, proxy, local, err := nd.srv.Loopback()
 	if err != nil {
 		return err
 	}

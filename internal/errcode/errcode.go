@@ -36,6 +36,9 @@ const (
 	NotFound           Code = 22 // no peer has the address that WhoIs was asked for
 	Unsupported        Code = 23 // the network or the option is not offered
 	Exhausted          Code = 24 // a limit of this node was reached
+	Pending            Code = 25 // C and Rust: there is nothing to take yet
+	Forked             Code = 26 // C and Rust: this process is a fork of the one that has the node
+	CoreLost           Code = 27 // C and Rust: the helper process that ran the node has ended
 )
 
 var names = [...]string{
@@ -63,6 +66,9 @@ var names = [...]string{
 	NotFound:           "not found",
 	Unsupported:        "unsupported",
 	Exhausted:          "exhausted",
+	Pending:            "pending",
+	Forked:             "forked",
+	CoreLost:           "core lost",
 }
 
 // String returns the code in words.
@@ -74,7 +80,7 @@ func (c Code) String() string {
 }
 
 // Count is one more than the highest code.
-const Count = Exhausted + 1
+const Count = CoreLost + 1
 
 // Error is an error with its code.
 type Error struct {

@@ -1,0 +1,75 @@
+package socks5
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// talk gives what the server says to in, and what it dialled.
+func talk(in []byte) (out []byte, dialled string) {
+	client, server := net.Pipe()
+	s := &Server{User: "u", Password: "pw", Dial: func(_ context.Context, _, addr string) (net.Conn, error) {
+		dialled = addr
+		return nil, errors.New("no")
+	}, Code: func(error) byte { return HostUnreachable }}
+	done := make(chan struct{})
+	go func() { defer close(done); s.Serve(context.Background(), server) }()
+	got := make(chan []byte)
+	go func() { b, _ := io.ReadAll(client); got <- b }()
+	client.Write(in)
+	// A pipe has no half-close: what is cut ends with the pipe, once all of it has been taken.
+	go func() { <-done; client.Close() }()
+	select {
+	case out = <-got:
+	case <-done:
+		out = <-got
+	}
+	return out, dialled
+}
+
+const login = "\x05\x01\x02" + "\x01\x01u\x02pw"
+
+func TestConversation(t *testing.T) {
+	for _, c := range []struct{ name, in, out, dialled string }{
+		{"name", login + "\x05\x01\x00\x03\x04beta\x00\x50", "\x05\x02\x01\x00\x05\x04\x00\x01\x00\x00\x00\x00\x00\x00", "beta:80"},
+		{"v4", login + "\x05\x01\x00\x01\xc0\x00\x02\x01\x01\xbb", "\x05\x02\x01\x00\x05\x04\x00\x01\x00\x00\x00\x00\x00\x00", "192.0.2.1:443"},
+		{"v6", login + "\x05\x01\x00\x04\xfd\x7a\x11\x5c\xa1\xe0\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x00\x16", "\x05\x02\x01\x00\x05\x04\x00\x01\x00\x00\x00\x00\x00\x00", "[fd7a:115c:a1e0::1]:22"},
+		{"bind", login + "\x05\x02\x00\x01\xc0\x00\x02\x01\x01\xbb", "\x05\x02\x01\x00\x05\x07\x00\x01\x00\x00\x00\x00\x00\x00", ""},
+		{"no such address type", login + "\x05\x01\x00\x09", "\x05\x02\x01\x00\x05\x08\x00\x01\x00\x00\x00\x00\x00\x00", ""},
+		{"no password offered", "\x05\x01\x00", "\x05\xff", ""},
+		{"wrong password", "\x05\x01\x02\x01\x01u\x02px", "\x05\x02\x01\x01", ""},
+		{"version 4", "\x04\x01", "", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			out, dialled := talk([]byte(c.in))
+			if string(out) != c.out || dialled != c.dialled {
+				t.Errorf("said %x and dialled %q, want %x and %q", out, dialled, c.out, c.dialled)
+			}
+		})
+	}
+}
+
+func FuzzRequest(f *testing.F) {
+	f.Add([]byte("\x05\x01\x00\x03\x04beta\x00\x50"))
+	f.Add([]byte("\x05\x01\x00\x01\xc0\x00\x02\x01\x01\xbb"))
+	f.Add([]byte("\x05\x01\x00\x04"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		addr, code, err := readRequest(bytes.NewReader(b))
+		if err != nil && addr != "" || err == nil && code != 0 {
+			t.Fatalf("%q, %d, %v", addr, code, err)
+		}
+		if err == nil {
+			if _, _, err := net.SplitHostPort(addr); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}

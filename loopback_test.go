@@ -1,0 +1,145 @@
+package tailnode_test
+
+import (
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/proxy"
+
+	"github.com/tailnode/tailnode"
+)
+
+func TestLoopbackProxy(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	ln, err := b.Listen("tcp", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			io.Copy(c, c) // until the half-close comes through
+			c.Write([]byte("end"))
+			c.Close()
+		}
+	}()
+	addr, cred, _, err := a.Loopback()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, cred2, _, _ := a.Loopback(); again != addr || cred2 != cred {
+		t.Error("a second call gave another answer")
+	}
+	dial := func(password, target string) (net.Conn, error) {
+		d, err := proxy.SOCKS5("tcp", addr, &proxy.Auth{User: "tsnet", Password: password}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d.Dial("tcp", target)
+	}
+	c, err := dial(cred, "beta:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(c, "hello")
+	c.(interface{ CloseWrite() error }).CloseWrite()
+	if got, err := io.ReadAll(c); string(got) != "helloend" || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+	c.Close()
+	for _, x := range []struct{ password, target, words string }{
+		{"wrong", "beta:80", "authentication"},
+		{cred, "beta:81", "refused"},
+		{cred, "192.0.2.1:80", "not allowed"},
+		{cred, "nobody:80", "unreachable"},
+	} {
+		if _, err := dial(x.password, x.target); err == nil || !strings.Contains(err.Error(), x.words) {
+			t.Errorf("%s: %v, want something about %q", x.target, err, x.words)
+		}
+	}
+	// Close ends what is open, also a connection that says nothing.
+	idle, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer idle.Close()
+	open, err := dial(cred, "beta:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	done := make(chan struct{})
+	go func() { a.Close(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(8 * time.Second):
+		t.Error("Close waits for a silent connection")
+	}
+	if _, err := open.Read(make([]byte, 1)); err == nil {
+		t.Error("a proxied connection outlived the server")
+	}
+	if _, _, _, err := a.Loopback(); err == nil {
+		t.Error("Loopback of a closed server")
+	}
+}
+
+func TestLoopbackLocalAPI(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	addr, _, cred, err := a.Loopback()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip, _ := b.TailscaleIPs()
+	client := &http.Client{Transport: &http.Transport{}}
+	defer client.CloseIdleConnections()
+	for _, x := range []struct {
+		name, method, path, header, password string
+		status                               int
+		words                                string
+	}{
+		{"status", "GET", "status", "localapi", cred, 200, `"BackendState":"Running"`},
+		{"whois", "GET", "whois?addr=" + url.QueryEscape(ip.String()+":1"), "localapi", cred, 200, `"ComputedName":"beta"`},
+		{"ping", "POST", "ping?type=TSMP&ip=" + ip.String(), "localapi", cred, 200, "LatencySeconds"},
+		{"ping with GET", "GET", "ping?type=TSMP&ip=" + ip.String(), "localapi", cred, 405, ""},
+		{"no header", "GET", "status", "", cred, 403, "Sec-Tailscale"},
+		{"wrong password", "GET", "status", "localapi", "wrong", 401, ""},
+		{"unknown address", "GET", "whois?addr=192.0.2.1", "localapi", cred, 404, ""},
+		{"no address", "GET", "whois", "localapi", cred, 400, ""},
+		{"unknown path", "GET", "prefs", "localapi", cred, 404, ""},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			req, _ := http.NewRequestWithContext(withTimeout(t, 10*time.Second), x.method, "http://"+addr+"/localapi/v0/"+x.path, nil)
+			if x.header != "" {
+				req.Header.Set("Sec-Tailscale", x.header)
+			}
+			req.SetBasicAuth("", x.password)
+			res, err := client.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			body, _ := io.ReadAll(res.Body)
+			if res.StatusCode != x.status || !strings.Contains(string(body), x.words) {
+				t.Errorf("%s: %s", res.Status, body)
+			}
+			if x.name == "status" {
+				var st tailnode.Status
+				if err := json.Unmarshal(body, &st); err != nil || len(st.Peer) != 1 || len(st.Self.TailscaleIPs) != 2 {
+					t.Errorf("%v: %s", err, body)
+				}
+			}
+		})
+	}
+}
