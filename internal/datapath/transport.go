@@ -3,6 +3,7 @@ package datapath
 import (
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/tailnode/tailnode/internal/derp/client"
 	"github.com/tailnode/tailnode/internal/key"
@@ -29,6 +30,7 @@ type peer struct {
 	wg    *wg.Peer
 	path  *path.Peer
 	disco key.DiscoPublic // of the process that the session is with; guarded by t.mu
+	back  *time.Timer     // until it is called back, see wanted; guarded by t.mu
 }
 
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
@@ -62,6 +64,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 				t.pathUp(p.Public())
 			}
 		},
+		Wanted: func(p *path.Peer) { t.wanted(p.Public()) },
 		Logger: e.log,
 	}
 	if e.direct != nil {
@@ -80,6 +83,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 func (t *transport) close() {
 	t.relays.Close()
 	t.paths.Close()
+	t.stopCallBacks()
 	t.dev.Close()
 }
 

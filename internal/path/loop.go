@@ -245,6 +245,7 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) *act
 			return a
 		}
 		a.mc.gotPing(now, from, observed, &m)
+		o.wanted(a)
 	case disco.TypePong:
 		m, err := disco.ParsePong(body)
 		if err != nil {
@@ -270,9 +271,16 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) *act
 	case disco.TypeCallMeMaybe:
 		if src.Region != 0 && o.m.cfg.UDP != nil {
 			a.mc.callMeMaybe(now, disco.ParseCallMeMaybe(version, body, nil).Endpoints)
+			o.wanted(a)
 		}
 	}
 	return a
+}
+
+func (o *owner) wanted(a *active) {
+	if f := o.m.cfg.Wanted; f != nil {
+		f(a.p)
+	}
 }
 
 // siblings returns the peers that have the disco key k. The slice is good until the next call.

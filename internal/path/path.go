@@ -86,7 +86,10 @@ type Config struct {
 	// DirectUp, if not nil, is told that a peer has got a direct path that it had not before, and whether a relay leads
 	// to it as well. It runs on the Manager's goroutine, and may send to the peer.
 	DirectUp func(p *Peer, relayed bool)
-	Logger   *slog.Logger // nil: silent
+	// Wanted, if not nil, is told of each authentic ping and call-me-maybe: the peer has something to send to this
+	// node, or looks after the path by which it has been sending. It runs on the Manager's goroutine and must not block.
+	Wanted func(p *Peer)
+	Logger *slog.Logger // nil: silent
 }
 
 // PeerInfo is what control says of a peer.
