@@ -44,6 +44,8 @@ const (
 var (
 	// ErrNoService reports a network without a router that maps ports.
 	ErrNoService = errors.New("portmap: no service")
+	// ErrDisabled reports a Client that is turned off.
+	ErrDisabled = errors.New("portmap: turned off")
 	// ErrRefused reports a router that will not map.
 	ErrRefused = errors.New("portmap: refused by the router")
 	// ErrUseless reports a mapping that would be of no use: no public address, no port, no lifetime.

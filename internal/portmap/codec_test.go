@@ -2,8 +2,10 @@ package portmap
 
 import (
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"net/netip"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -17,25 +19,61 @@ func unhex(t *testing.T, s string) []byte {
 	return b
 }
 
-func TestRequests(t *testing.T) {
-	self := netip.MustParseAddr("192.168.1.7")
-	nonce := [12]byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}
-	for _, tt := range []struct {
-		name, want string
-		got        []byte
-	}{
-		{"PMP address", "0000", appendPMPAddress(nil)},
-		{"PMP mapping", "00 01 0000 a2a9 1388 00001c20", appendPMPMap(nil, 41641, 5000, 7200)},
-		{"PMP delete", "00 01 0000 a2a9 0000 00000000", appendPMPMap(nil, 41641, 0, 0)},
-		{"PCP announce", "02 00 0000 00000000 00000000000000000000ffffc0a80107", appendPCPAnnounce(nil, self)},
-		{"PCP map", "02 01 0000 00001c20 00000000000000000000ffffc0a80107 0102030405060708090a0b0c 11 000000 a2a9 1388 00000000000000000000ffffcb007109",
-			appendPCPMap(nil, self, nonce, 41641, netip.MustParseAddrPort("203.0.113.9:5000"), 7200)},
-		{"PCP map, nothing suggested", "02 01 0000 00001c20 00000000000000000000ffffc0a80107 0102030405060708090a0b0c 11 000000 a2a9 0000 00000000000000000000ffff00000000",
-			appendPCPMap(nil, self, nonce, 41641, netip.AddrPort{}, 7200)},
-	} {
-		if got := hex.EncodeToString(tt.got); got != strings.ReplaceAll(tt.want, " ", "") {
-			t.Errorf("%s: %s", tt.name, got)
+// TestVectors reads testdata/vectors/portmap.json.
+func TestVectors(t *testing.T) {
+	raw, err := os.ReadFile("../../testdata/vectors/portmap.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v struct {
+		Requests []struct{ Comment, Kind, Hex string }
+		Replies  []struct {
+			Comment, Hex, External  string
+			Internal, Port          uint16
+			Lifetime, Epoch, Result uint32
+			Error                   bool
 		}
+	}
+	if err := json.Unmarshal(raw, &v); err != nil {
+		t.Fatal(err)
+	}
+	self, external := netip.MustParseAddr("192.168.1.7"), netip.MustParseAddrPort("203.0.113.9:5000")
+	nonce := [12]byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}
+	requests := map[string][]byte{
+		"pmp-address":  appendPMPAddress(nil),
+		"pmp-map":      appendPMPMap(nil, 41641, 5000, 7200),
+		"pmp-delete":   appendPMPMap(nil, 41641, 0, 0),
+		"pcp-announce": appendPCPAnnounce(nil, self),
+		"pcp-map":      appendPCPMap(nil, self, nonce, 41641, external, 7200),
+		"pcp-delete":   appendPCPMap(nil, self, nonce, 41641, external, 0),
+	}
+	if len(v.Requests) != len(requests) || len(v.Replies) == 0 {
+		t.Errorf("%d requests, %d replies", len(v.Requests), len(v.Replies))
+	}
+	for _, r := range v.Requests {
+		if got := hex.EncodeToString(requests[r.Kind]); got != r.Hex {
+			t.Errorf("%s: %s", r.Comment, got)
+		}
+	}
+	for _, r := range v.Replies {
+		got, err := parsePXP(unhex(t, r.Hex))
+		if (err != nil) != r.Error {
+			t.Errorf("%s: %v", r.Comment, err)
+		}
+		if err != nil {
+			continue
+		}
+		want := netip.AddrPortFrom(netip.Addr{}, r.Port)
+		if r.External != "" {
+			want = netip.MustParseAddrPort(r.External)
+		}
+		if got.external != want || got.internal != r.Internal || got.lifetime != r.Lifetime || got.epoch != r.Epoch || uint32(got.result) != r.Result {
+			t.Errorf("%s: %+v", r.Comment, got)
+		}
+	}
+	nothing := appendPCPMap(nil, self, nonce, 41641, netip.AddrPort{}, 7200)
+	if got := hex.EncodeToString(nothing[40:]); got != "a2a9000000000000000000000000ffff00000000" {
+		t.Errorf("nothing suggested: %s", got)
 	}
 }
 

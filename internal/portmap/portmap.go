@@ -528,7 +528,7 @@ func (c *Client) release(ctx context.Context, m *mapping) {
 // which case another is asked for in the background. It sends a handful of packets and takes 400 ms where a protocol is missing.
 func (c *Client) Probe(ctx context.Context) (Result, error) {
 	if c.off() {
-		return Result{}, nil
+		return Result{}, ErrDisabled
 	}
 	c.mu.Lock()
 	if c.closed {

@@ -368,7 +368,7 @@ func TestDisabled(t *testing.T) {
 			})
 			c.Want(true)
 			c.NetworkChanged()
-			if res, err := c.Probe(t.Context()); err != nil || res != (Result{}) {
+			if res, err := c.Probe(t.Context()); !errors.Is(err, ErrDisabled) || res != (Result{}) {
 				t.Errorf("%+v, %v", res, err)
 			}
 			time.Sleep(time.Hour)
@@ -410,5 +410,52 @@ func TestEpoch(t *testing.T) {
 		if lost := (epoch{1000, t0}).next(tt.server, t0.Add(tt.elapsed)); lost != tt.lost {
 			t.Errorf("%d after %v: %v", tt.server, tt.elapsed, lost)
 		}
+	}
+}
+
+// The system's sockets do as the ones in memory.
+func TestRealSockets(t *testing.T) {
+	pc, err := net.ListenPacket("udp4", "127.0.0.2:5351")
+	if err != nil {
+		t.Skipf("no router on loopback: %v", err)
+	}
+	r := &router{t: t, pmp: true, ext: extAddr, lifetime: 7200, booted: time.Now()}
+	r.wg.Go(func() {
+		b := make([]byte, 2048)
+		for {
+			n, src, err := pc.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			r.mu.Lock()
+			out := r.pxp(b[:n], netip.AddrPort{})
+			r.mu.Unlock()
+			for _, o := range out {
+				pc.WriteTo(o, src)
+			}
+		}
+	})
+	defer r.wg.Wait()
+	defer pc.Close()
+	changed := make(chan struct{}, 1)
+	c := New(Config{
+		LocalPort: func() uint16 { return 41641 }, Changed: func() { changed <- struct{}{} }, DisableUPnP: true,
+		Gateway: func() (netip.Addr, netip.Addr, error) {
+			return netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("127.0.0.1"), nil
+		},
+	})
+	defer c.Close()
+	if res, err := c.Probe(t.Context()); err != nil || !res.PMP || res.PCP {
+		t.Errorf("%+v, %v", res, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Probe(ctx); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	c.Want(true)
+	<-changed
+	if ap, ok := c.Mapping(); !ok || ap != netip.AddrPortFrom(extAddr, 41641) {
+		t.Errorf("%v, %v", ap, ok)
 	}
 }
