@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -61,8 +62,9 @@ type (
 		Wait time.Duration // for a direct path
 	}
 	probeResult struct {
+		Began  time.Time     // the dial
 		Dial   time.Duration // until connected
-		Direct time.Duration // from the beginning of the dial; 0: not in time
+		Direct time.Time     // since when the path is direct; zero: not in time
 		Path   peerPath
 	}
 	sendArgs struct {
@@ -78,6 +80,11 @@ type (
 		Bytes  int64
 		Sum    []byte
 		Stalls []stall
+	}
+	// change is when the path to a peer became another.
+	change struct {
+		At   time.Time
+		Addr string // "": a relay
 	}
 	stall struct {
 		At  time.Time
@@ -108,12 +115,16 @@ type child struct {
 	mu      sync.Mutex
 	streams map[int]*stream
 	next    int
+	changes []change
 }
 
 func childMain(who string) {
 	// Importing the harness keeps upstream from direct paths; they are what this is about.
 	envknob.Setenv("TS_DEBUG_NEVER_DIRECT_UDP", "false")
 	c := &child{who: who, streams: map[int]*stream{}, logf: func(string, ...any) {}}
+	if os.Getenv("INTEROP_VERBOSE") == "" {
+		log.SetOutput(io.Discard) // some of upstream's lines go there
+	}
 	if os.Getenv("INTEROP_VERBOSE") != "" {
 		c.logf = func(f string, args ...any) {
 			fmt.Fprintf(os.Stderr, time.Now().Format("15:04:05.000 ")+f+"\n", args...)
@@ -176,6 +187,14 @@ func (c *child) do(ctx context.Context, r request) (any, error) {
 		return with(r, func(ip string) (any, error) { return c.path(ctx, ip) })
 	case "probe":
 		return with(r, func(a probeArgs) (any, error) { return c.probe(ctx, a) })
+	case "await":
+		return with(r, func(a probeArgs) (any, error) { return c.await(ctx, a) })
+	case "watch":
+		return with(r, func(ip string) (any, error) { go c.watch(ctx, ip); return nil, nil })
+	case "changes":
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.changes, nil
 	case "send":
 		return with(r, func(a sendArgs) (any, error) {
 			s, err := c.stream(ctx, a.IP, 0, a.Size)
@@ -327,36 +346,80 @@ func (c *child) dial(ctx context.Context, ip string, op byte) (net.Conn, error) 
 	return conn, nil
 }
 
-// probe connects and keeps a little traffic going until the path is direct.
+// probe connects, and keeps a little traffic going for somewhat longer than it waits for a direct path.
 func (c *child) probe(ctx context.Context, a probeArgs) (any, error) {
-	began := time.Now()
+	r := probeResult{Began: time.Now()}
 	conn, err := c.dial(ctx, a.IP, 'e')
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close()
-	r := probeResult{Dial: time.Since(began)}
+	r.Dial = time.Since(r.Began)
+	over := time.After(a.Wait + time.Second)
 	conn.SetDeadline(time.Now().Add(a.Wait + 30*time.Second))
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
 	go io.Copy(io.Discard, conn)
-	msg := make([]byte, 32)
+	go func() {
+		defer conn.Close()
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		msg := make([]byte, 32)
+		for {
+			if _, err := conn.Write(msg); err != nil {
+				return
+			}
+			select {
+			case <-tick.C:
+			case <-over:
+				return
+			}
+		}
+	}()
+	w, err := c.await(ctx, a)
+	r.Direct, r.Path = w.Direct, w.Path
+	return r, err
+}
+
+// await waits until the path to a peer is direct.
+func (c *child) await(ctx context.Context, a probeArgs) (r probeResult, err error) {
+	began := time.Now()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
 	for {
 		if r.Path, err = c.path(ctx, a.IP); err != nil {
-			return nil, err
+			return r, err
 		}
-		since := time.Since(began)
+		now := time.Now()
 		if r.Path.Addr != "" {
-			r.Direct = since
+			r.Direct = now
 			return r, nil
 		}
-		if since > a.Wait {
+		if now.Sub(began) > a.Wait {
 			return r, nil
 		}
-		if _, err := conn.Write(msg); err != nil {
-			return nil, err
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return r, ctx.Err()
 		}
-		<-tick.C
+	}
+}
+
+// watch notes the changes of the path to a peer.
+func (c *child) watch(ctx context.Context, ip string) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	last := change{}
+	for {
+		if p, err := c.path(ctx, ip); err == nil && (p.Addr != last.Addr || last.At.IsZero()) {
+			last = change{time.Now(), p.Addr}
+			c.mu.Lock()
+			c.changes = append(c.changes, last)
+			c.mu.Unlock()
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 

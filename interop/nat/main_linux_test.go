@@ -1,13 +1,16 @@
 package nat
 
 import (
+	"flag"
 	"os"
 	"testing"
 )
 
 func TestMain(m *testing.M) {
-	if kind := os.Getenv(childEnv); kind != "" {
-		childMain(kind) // does not return
+	if who := os.Getenv(childEnv); who != "" {
+		childMain(who) // does not return
 	}
+	flag.Parse()
+	flag.Set("test.parallel", "8") // most of what happens here is waiting
 	os.Exit(m.Run())
 }

@@ -3,6 +3,7 @@ package nat
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -54,12 +55,15 @@ const (
 	// relayFor is how long a pair without a direct path is watched for finding one.
 	relayFor = 2500 * time.Millisecond
 	pairSize = 2 << 20
-	atOnce   = 4
+	// atOnce is how many things are done at a time that should be quick, manyAtOnce those that mostly wait.
+	atOnce     = 3
+	manyAtOnce = 16
 )
 
 type result struct {
 	dialer, listener *proc
 	probe            probeResult
+	back             time.Duration // until the listener's path was direct too
 	want             bool
 	mbps             float64
 }
@@ -82,23 +86,19 @@ func TestPairs(t *testing.T) {
 		groups = append(groups, "d-upstream")
 	}
 	nodes := map[string][]*proc{}
-	var mu sync.Mutex
 	began := time.Now()
-	inParallel(t, func(run func(func() error)) {
-		for _, g := range groups {
-			nodes[g] = make([]*proc, len(ks))
-			for i, k := range ks {
-				s := l.newSite(k)
-				run(func() error {
-					n, err := l.node(ctx, s, g[2:], g+"-"+k.name)
-					mu.Lock()
-					nodes[g][i] = n
-					mu.Unlock()
-					return err
-				})
-			}
+	made := inParallel(t, 2*atOnce)
+	for _, g := range groups {
+		nodes[g] = make([]*proc, len(ks))
+		for i, k := range ks {
+			made.run(func() error {
+				n, err := l.node(ctx, l.newSite(k), g[2:], g+"-"+k.name)
+				nodes[g][i] = n
+				return err
+			})
 		}
-	})
+	}
+	made.wait()
 	if t.Failed() {
 		return
 	}
@@ -139,38 +139,49 @@ func TestPairs(t *testing.T) {
 			}
 		}
 	}
+	var mu sync.Mutex
 	var results []result
-	inParallel(t, func(run func(func() error)) {
-		for _, p := range pairs {
-			run(func() error {
-				r, err := checkPair(ctx, p.dialer, p.listener)
-				if err != nil {
-					return fmt.Errorf("%s dials %s: %w", p.dialer.name, p.listener.name, err)
-				}
-				mu.Lock()
-				results = append(results, r)
-				mu.Unlock()
-				return nil
-			})
+	quick, slow := inParallel(t, atOnce), inParallel(t, manyAtOnce)
+	for _, p := range pairs {
+		group := slow
+		if direct(p.dialer.site.kind, p.listener.site.kind) {
+			group = quick
 		}
-	})
+		group.run(func() error {
+			r, err := checkPair(ctx, p.dialer, p.listener)
+			if err != nil {
+				return fmt.Errorf("%s dials %s: %w", p.dialer.name, p.listener.name, err)
+			}
+			mu.Lock()
+			results = append(results, r)
+			mu.Unlock()
+			return nil
+		})
+	}
+	quick.wait()
+	slow.wait()
 	logTable(t, results)
 }
 
-// inParallel runs what f hands over, a few at a time, waits for all, and makes their errors t's.
-func inParallel(t *testing.T, f func(run func(func() error))) {
-	var wg sync.WaitGroup
-	room := make(chan struct{}, atOnce)
-	f(func(g func() error) {
-		wg.Go(func() {
-			room <- struct{}{}
-			defer func() { <-room }()
-			if err := g(); err != nil {
-				t.Error(err)
-			}
-		})
+// parallel runs functions, so many at a time, and makes their errors a test's.
+type parallel struct {
+	t    *testing.T
+	wg   sync.WaitGroup
+	room chan struct{}
+}
+
+func inParallel(t *testing.T, n int) *parallel { return &parallel{t: t, room: make(chan struct{}, n)} }
+
+func (p *parallel) wait() { p.wg.Wait() }
+
+func (p *parallel) run(f func() error) {
+	p.wg.Go(func() {
+		p.room <- struct{}{}
+		defer func() { <-p.room }()
+		if err := f(); err != nil {
+			p.t.Error(err)
+		}
 	})
-	wg.Wait()
 }
 
 func checkPair(ctx context.Context, dialer, listener *proc) (result, error) {
@@ -179,8 +190,17 @@ func checkPair(ctx context.Context, dialer, listener *proc) (result, error) {
 	if r.want {
 		wait = directWithin
 	}
+	var back probeResult
+	backDone := make(chan error, 1)
+	go func() { backDone <- listener.call(ctx, "await", probeArgs{dialer.up.IP4, wait}, &back) }()
 	if err := dialer.call(ctx, "probe", probeArgs{listener.up.IP4, wait}, &r.probe); err != nil {
 		return r, err
+	}
+	if err := <-backDone; err != nil {
+		return r, err
+	}
+	if !back.Direct.IsZero() {
+		r.back = back.Direct.Sub(r.probe.Began)
 	}
 	var sent sendResult
 	if err := dialer.call(ctx, "send", sendArgs{listener.up.IP4, pairSize}, &sent); err != nil {
@@ -190,11 +210,12 @@ func checkPair(ctx context.Context, dialer, listener *proc) (result, error) {
 		return r, fmt.Errorf("%d bytes arrived of %d, or not the same", sent.Bytes, pairSize)
 	}
 	r.mbps = pairSize * 8 / sent.Took.Seconds() / 1e6
-	switch isDirect := r.probe.Direct > 0; {
-	case r.want && !isDirect:
-		return r, fmt.Errorf("not direct after %v: %+v", wait, r.probe.Path)
-	case !r.want && isDirect:
-		return r, fmt.Errorf("direct, which should not be: %+v", r.probe.Path)
+	there, andBack := !r.probe.Direct.IsZero(), r.back != 0
+	switch {
+	case r.want && !(there && andBack):
+		return r, fmt.Errorf("not direct after %v: %+v, and back %+v", wait, r.probe.Path, back.Path)
+	case !r.want && (there || andBack):
+		return r, fmt.Errorf("direct, which should not be: %+v, and back %+v", r.probe.Path, back.Path)
 	}
 	return r, nil
 }
@@ -206,16 +227,25 @@ func logTable(t *testing.T, results []result) {
 	times := map[string][]time.Duration{}
 	for _, r := range results {
 		path := "relay"
-		if r.probe.Direct > 0 {
-			path = fmt.Sprintf("direct after %4d ms", r.probe.Direct.Milliseconds())
+		if !r.probe.Direct.IsZero() {
+			d := r.probe.Direct.Sub(r.probe.Began)
+			path = fmt.Sprintf("direct after %4d ms, back %4d ms", d.Milliseconds(), r.back.Milliseconds())
 			who := r.dialer.who + " dials " + r.listener.who
-			times[who] = append(times[who], r.probe.Direct)
+			times[who] = append(times[who], d)
+			times[who+", back"] = append(times[who+", back"], r.back)
 		}
-		t.Logf("%-8s %-9s -> %-8s %-9s  dial %4d ms  %-20s %6.0f Mbit/s",
+		t.Logf("%-8s %-9s -> %-8s %-9s  dial %4d ms  %-35s %6.0f Mbit/s",
 			r.dialer.who, r.dialer.site.kind.name, r.listener.who, r.listener.site.kind.name, r.probe.Dial.Milliseconds(), path, r.mbps)
 	}
-	for who, d := range times {
+	for _, who := range slices.Sorted(maps.Keys(times)) {
+		d := times[who]
 		slices.Sort(d)
-		t.Logf("%s: %d direct, median %v, longest %v", who, len(d), d[len(d)/2].Round(time.Millisecond), d[len(d)-1].Round(time.Millisecond))
+		slow := 0
+		for _, x := range d {
+			if x > time.Second {
+				slow++
+			}
+		}
+		t.Logf("%s: %d direct, median %v, longest %v, %d after more than 1 s", who, len(d), d[len(d)/2].Round(time.Millisecond), d[len(d)-1].Round(time.Millisecond), slow)
 	}
 }

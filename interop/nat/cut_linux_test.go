@@ -1,0 +1,247 @@
+package nat
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tailnode/tailnode/interop/harness"
+)
+
+// fault is something that befalls a path while a transfer goes over it.
+type fault struct {
+	name string
+	// outage is for how long nothing at all can pass; such a stall is nobody's fault.
+	outage time.Duration
+	// do lets it happen, waits out its time, and repairs what is to be repaired.
+	do func(a, b *proc, round int)
+}
+
+const (
+	cutFor   = 2500 * time.Millisecond
+	darkFor  = 1500 * time.Millisecond
+	settle   = 2 * time.Second
+	rateOfIt = 2 << 20 // bytes a second
+	// stallMax bounds a stall, with a peer of upstream's, which gives a path up after 6.5 s, stallMaxUpstream.
+	stallMax         = 10 * time.Second
+	stallMaxUpstream = 20 * time.Second
+)
+
+var cuts = []fault{
+	{name: "UDP cut for a while", do: func(_, b *proc, _ int) {
+		b.site.cut("meta l4proto udp")
+		<-time.After(cutFor)
+		b.site.mend()
+	}},
+	{name: "sender's NAT rebound", do: func(a, _ *proc, round int) { a.site.rebind(20000 + 1000*round) }},
+	{name: "receiver's NAT rebound", do: func(_, b *proc, round int) { b.site.rebind(20000 + 1000*round) }},
+	{name: "UDP cut one way", do: func(_, b *proc, _ int) {
+		b.site.cut(`iifname "wan" meta l4proto udp`)
+		<-time.After(cutFor)
+		b.site.mend()
+	}},
+	{name: "sender offline", outage: darkFor, do: func(a, _ *proc, _ int) {
+		a.site.l.sh(a.site.router(), "ip link set lan down")
+		<-time.After(darkFor)
+		a.site.l.sh(a.site.router(), "ip link set lan up")
+	}},
+}
+
+// roams change a node's address, as another Wi-Fi does.
+var roams = []fault{
+	{name: "sender moves", do: func(a, _ *proc, round int) { move(a, round) }},
+	{name: "receiver moves", do: func(_, b *proc, round int) { move(b, round) }},
+}
+
+func move(p *proc, round int) {
+	from, to := 1, 2
+	if round%4 >= 2 {
+		from, to = 2, 1
+	}
+	p.site.l.sh(p.host, fmt.Sprintf(`
+		ip addr del 192.168.%d.10/24 dev eth0
+		ip addr add 192.168.%d.10/24 dev eth0
+		ip route replace default via 192.168.%[2]d.1`, from, to))
+}
+
+// TestCuts: a transfer outlives twenty cuts, and nothing of it is lost.
+func TestCuts(t *testing.T) {
+	rounds := 20
+	if testing.Short() {
+		rounds = 5
+	}
+	testFaults(t, cuts, rounds)
+}
+
+// TestRoaming: a transfer outlives that either end moves to another network.
+func TestRoaming(t *testing.T) {
+	rounds := 4
+	if testing.Short() {
+		rounds = 2
+	}
+	testFaults(t, roams, rounds)
+}
+
+func testFaults(t *testing.T, faults []fault, rounds int) {
+	require(t)
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	l := newLab(ctx, t)
+	pairs := [][2]string{{"ours", "ours"}}
+	if !testing.Short() {
+		pairs = append(pairs, [2]string{"ours", "upstream"}, [2]string{"upstream", "ours"})
+	}
+	if os.Getenv("INTEROP_BASELINE") != "" {
+		pairs = append(pairs, [2]string{"upstream", "upstream"})
+	}
+	t.Run("pairs", func(t *testing.T) { // returns when the parallel ones have
+		for _, p := range pairs {
+			t.Run(p[0]+"-"+p[1], func(t *testing.T) {
+				t.Parallel()
+				testFaultsOf(ctx, t, l, p[0], p[1], faults, rounds)
+			})
+		}
+	})
+}
+
+func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver string, faults []fault, rounds int) {
+	home := kind{name: "cone", v4: true, nat: cone}
+	name := sender + "-" + receiver
+	a, err := l.node(ctx, l.newSite(home), sender, name+"-a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := l.node(ctx, l.newSite(home), receiver, name+"-b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range [][2]*proc{{a, b}, {b, a}} {
+		if err := harness.Until(ctx, "the nodes to know each other", func() (bool, error) {
+			r, err := p[0].path(ctx, p[1])
+			return err == nil && r.Relay != "", nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	awaitDirect := func() error {
+		for _, p := range [][2]*proc{{a, b}, {b, a}} {
+			var r probeResult
+			if err := p[0].call(ctx, "await", probeArgs{p[1].up.IP4, 20 * time.Second}, &r); err != nil {
+				return err
+			}
+			if r.Direct.IsZero() {
+				return fmt.Errorf("%s does not come back to a direct path: %+v", p[0].name, r.Path)
+			}
+		}
+		return nil
+	}
+	var id int
+	if err := a.call(ctx, "stream", streamArgs{b.up.IP4, rateOfIt}, &id); err != nil {
+		t.Fatal(err)
+	}
+	if err := awaitDirect(); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range [][2]*proc{{a, b}, {b, a}} {
+		if err := p[0].call(ctx, "watch", p[1].up.IP4, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	type event struct {
+		*fault
+		at, mended time.Time
+	}
+	var events []event
+	for i := range rounds {
+		f := &faults[i%len(faults)]
+		e := event{fault: f, at: time.Now()}
+		f.do(a, b, i)
+		e.mended = time.Now()
+		<-time.After(settle) // a broken path is believed in for a moment
+		if err := awaitDirect(); err != nil {
+			t.Errorf("after round %d, %s: %v", i, f.name, err)
+		}
+		<-time.After(settle / 2)
+		events = append(events, e)
+	}
+	var r sendResult
+	if err := a.call(ctx, "stop", id, &r); err != nil {
+		t.Fatal(err)
+	}
+	if !r.Same {
+		t.Errorf("%d bytes arrived, but not those that were sent", r.Bytes)
+	}
+	var changes [2][]change
+	for i, p := range []*proc{a, b} {
+		if err := p.call(ctx, "changes", nil, &changes[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	limit := stallMax
+	if sender == "upstream" || receiver == "upstream" {
+		limit = stallMaxUpstream
+	}
+	longest := map[string]time.Duration{}
+	for i, e := range events {
+		end := time.Now()
+		if i+1 < len(events) {
+			end = events[i+1].at
+		}
+		var list []string
+		for _, s := range r.Stalls {
+			if at := s.At.Add(stallFrom); at.Before(e.at) || !at.Before(end) {
+				continue
+			}
+			list = append(list, s.For.Round(time.Millisecond).String())
+			d := s.For - e.outage
+			longest[e.name] = max(longest[e.name], d)
+			if d > limit {
+				t.Errorf("round %d, %s: stalled for %v", i, e.name, s.For)
+			}
+		}
+		t.Logf("round %2d: %-22s sender %-35s receiver %-35s stalls %s", i, e.name, course(changes[0], e.at, e.mended, end),
+			course(changes[1], e.at, e.mended, end), strings.Join(list, " "))
+	}
+	t.Logf("%s: %d MB in %v, nothing lost", name, r.Bytes>>20, r.Took.Round(time.Millisecond))
+	var sum []string
+	for _, f := range faults {
+		s := fmt.Sprintf("%s %v", f.name, longest[f.name].Round(time.Millisecond))
+		if f.outage > 0 {
+			s += fmt.Sprintf(" beyond the %v", f.outage)
+		}
+		if !slices.Contains(sum, s) {
+			sum = append(sum, s)
+		}
+	}
+	t.Logf("%s: longest stalls: %s", name, strings.Join(sum, "; "))
+}
+
+// course says what became of a path between from and end: when it left what it was and, after the repair, was direct again.
+func course(changes []change, from, mended, end time.Time) string {
+	var left, direct time.Time
+	for _, c := range changes {
+		if c.At.Before(from) || c.At.After(end) {
+			continue
+		}
+		if left.IsZero() {
+			left = c.At
+		}
+		direct = time.Time{}
+		if c.Addr != "" {
+			direct = c.At
+		}
+	}
+	switch {
+	case left.IsZero():
+		return "stays"
+	case direct.IsZero():
+		return fmt.Sprintf("changes at %.1f s", left.Sub(from).Seconds())
+	}
+	return fmt.Sprintf("changes at %.1f s, direct at %+.1f s", left.Sub(from).Seconds(), direct.Sub(mended).Seconds())
+}
