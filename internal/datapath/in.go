@@ -1,12 +1,14 @@
 package datapath
 
 import (
+	"errors"
 	"net/netip"
 
 	"github.com/tailnode/tailnode/internal/filter"
 	"github.com/tailnode/tailnode/internal/netstack"
 	"github.com/tailnode/tailnode/internal/packet"
 	"github.com/tailnode/tailnode/internal/path"
+	"github.com/tailnode/tailnode/internal/wg"
 )
 
 // sink takes what one receive loop delivers. It is used by that loop alone.
@@ -27,9 +29,13 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 	if src != s.src {
 		s.src, s.reply = src, s.t.paths.Reply(src)
 	}
+	m := s.t.e.netmap.Load()
 	plain, wp, err := s.t.dev.Receive(s.inbox.Room(len(b)), b, &s.reply)
 	if err != nil {
-		return // not authentic
+		if errors.Is(err, wg.ErrUnknownPeer) && s.t.knocks.add(src, b) && s.t.e.netmap.Load() != m {
+			s.t.answerKnocks() // the netmap that knows the sender may have come in between
+		}
+		return // not authentic, or from nobody that the netmap knows
 	}
 	p, ok := wp.Owner().(*peer)
 	if !ok {

@@ -21,6 +21,8 @@ type transport struct {
 
 	mu    sync.RWMutex
 	peers map[key.NodePublic]*peer // those that have sent or been sent to
+
+	knocks knocks
 }
 
 // peer is a peer that has been heard of on the data path. Its node is looked up in the
@@ -130,6 +132,7 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 			t.paths.UpsertPeer(peerInfo(n))
 			t.restarted(n)
 		}
+		t.answerKnocks()
 		return
 	}
 	for _, n := range ch.Removed {
@@ -146,6 +149,7 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 	for _, n := range ch.Added {
 		t.paths.UpsertPeer(peerInfo(n))
 	}
+	t.answerKnocks()
 }
 
 // pathUp lets a handshake that waits for its time-out go on: there is a new way to the peer.
