@@ -245,6 +245,9 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) *act
 			return a
 		}
 		a.mc.gotPing(now, from, observed, &m)
+		if src.Region == 0 && o.m.cfg.UDP != nil {
+			a.p.pinged.Store(&route{addr: src.Addr, until: o.m.now() + int64(pingedFor)})
+		}
 		o.wanted(a)
 	case disco.TypePong:
 		m, err := disco.ParsePong(body)

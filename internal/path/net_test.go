@@ -598,6 +598,37 @@ func TestWireGuardOnly(t *testing.T) {
 	})
 }
 
+// TestHandshakeWithoutRelay: a node that does not know where the other may be reached answers its handshake where its pings came
+// from, and sends nothing else there.
+func TestHandshakeWithoutRelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		a, b := w.node(nodeOpts{}, "1.1.1.1"), w.node(nodeOpts{}, "2.2.2.2")
+		a.peer, b.peer = b, a
+		time.Sleep(probesEnd)
+		a.m.UpsertPeer(b.info())
+		b.m.UpsertPeer(PeerInfo{Key: a.key, Disco: a.disco.Public()})
+		w.down = func() bool { return true }
+		response := wgPacket(92)
+		response[0] = 2
+		if err := b.m.Peer(a.key).Send(response, 92); err != ErrNoPath {
+			t.Errorf("before a ping: %v", err)
+		}
+		a.send()                         // pings b
+		time.Sleep(6 * time.Millisecond) // that has come, the pong not yet
+		if err := b.m.Peer(a.key).Send(response, 92); err != nil {
+			t.Errorf("after it: %v", err)
+		}
+		if err := b.m.Peer(a.key).Send(wgPacket(64), 64); err != ErrNoPath {
+			t.Errorf("data: %v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+		if a.byUDP != 1 {
+			t.Errorf("%d messages", a.byUDP)
+		}
+	})
+}
+
 // TestManyIdlePeers: peers that are only known cost no machine, no timer and no packet.
 func TestManyIdlePeers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -162,6 +162,7 @@ type Peer struct {
 	rtt     atomic.Int64 // ns
 
 	route   atomic.Pointer[route] // nil: by relay
+	pinged  atomic.Pointer[route] // where it last pinged from, for a while
 	told    atomic.Int64          // when the owner was last told of traffic, since Manager.start
 	heardAt atomic.Int64          // when the path in use last showed life, since Manager.start
 	flags   atomic.Uint32         // what the owner has not yet looked at
@@ -295,11 +296,18 @@ func (p *Peer) Send(b []byte, seg int) error {
 	if p.removed.Load() {
 		return ErrUnknownPeer
 	}
-	if m.cfg.UDP != nil && p.sendDirect(b, seg) {
-		return nil
+	tried := false
+	if m.cfg.UDP != nil {
+		if p.sendDirect(b, seg) {
+			return nil
+		}
+		tried = p.sendHandshake(b, seg)
 	}
 	r := p.region()
 	if r == 0 {
+		if tried {
+			return nil
+		}
 		return ErrNoPath
 	}
 	if p.used.Load() != r {

@@ -102,6 +102,24 @@ func (p *Peer) sendDirect(b []byte, seg int) bool {
 	return true
 }
 
+// pingedFor is how long handshake messages go to where a ping came from.
+const pingedFor = 5 * time.Second
+
+// sendHandshake sends a handshake message, and nothing else, to where an authentic ping of the peer has just come from,
+// besides the relay: of two nodes that meet as one of them joins, one may not know the other's relay yet, or not be connected to
+// its own. It reports whether it has. That the peer is there is not certain, but all that is risked is a message
+// that only the peer can read.
+func (p *Peer) sendHandshake(b []byte, seg int) bool {
+	if len(b) > maxHandshake || seg < len(b) || len(b) == 0 || b[0] > 3 {
+		return false
+	}
+	at := p.pinged.Load()
+	return at != nil && p.m.now() < at.until && p.m.cfg.UDP.Send(at.addr, b, seg) == nil
+}
+
+// maxHandshake is the length of the longest message of types 1 to 3, the initiation (WireGuard paper §5.4.2).
+const maxHandshake = 148
+
 // Heard says that an authentic WireGuard message of this peer came from addr. It is what shows that
 // the path in use lives; for a WireGuard-only peer it also says where the peer is now (WireGuard paper §2.1).
 func (p *Peer) Heard(addr netip.AddrPort) {
