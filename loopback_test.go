@@ -62,7 +62,6 @@ func TestLoopbackProxy(t *testing.T) {
 		{"wrong", "beta:80", "authentication"},
 		{cred, "beta:81", "refused"},
 		{cred, "192.0.2.1:80", "not allowed"},
-		{cred, "nobody:80", "unreachable"},
 	} {
 		if _, err := dial(x.password, x.target); err == nil || !strings.Contains(err.Error(), x.words) {
 			t.Errorf("%s: %v, want something about %q", x.target, err, x.words)
@@ -109,9 +108,9 @@ func TestLoopbackLocalAPI(t *testing.T) {
 		status                               int
 		words                                string
 	}{
+		{"ping", "POST", "ping?type=TSMP&ip=" + ip.String(), "localapi", cred, 200, "LatencySeconds"}, // waits for the peer
 		{"status", "GET", "status", "localapi", cred, 200, `"BackendState":"Running"`},
 		{"whois", "GET", "whois?addr=" + url.QueryEscape(ip.String()+":1"), "localapi", cred, 200, `"ComputedName":"beta"`},
-		{"ping", "POST", "ping?type=TSMP&ip=" + ip.String(), "localapi", cred, 200, "LatencySeconds"},
 		{"ping with GET", "GET", "ping?type=TSMP&ip=" + ip.String(), "localapi", cred, 405, ""},
 		{"no header", "GET", "status", "", cred, 403, "Sec-Tailscale"},
 		{"wrong password", "GET", "status", "localapi", "wrong", 401, ""},

@@ -4,7 +4,7 @@
 // process. Its one export is called once per process. Build it with -buildmode=c-shared or c-archive; see Makefile.
 package main
 
-// int tailnode_core_serve(int fd);
+// void tailnode_core_give_back_signals(void);
 import "C"
 
 import (
@@ -17,7 +17,9 @@ var crossings atomic.Int64
 
 //export tailnode_core_serve
 func tailnode_core_serve(fd C.int) C.int {
-	crossings.Add(1)
+	if crossings.Add(1) == 1 {
+		C.tailnode_core_give_back_signals()
+	}
 	core.Crossings = crossings.Load
 	go core.Serve(int(fd))
 	return 0

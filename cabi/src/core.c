@@ -139,6 +139,33 @@ static int find_serve(int (**out)(int), tailnode_error *err) {
 	return 0;
 }
 
+// The one call into Go is made on a thread that exists only for it: the runtime gives each thread that enters it a signal stack and a signal mask, which
+// are not for a thread of the host's.
+struct entry {
+	int (*serve)(int);
+	int fd, result;
+};
+
+static void *enter(void *p) {
+	struct entry *e = p;
+	e->result = e->serve(e->fd);
+	return NULL;
+}
+
+static int enter_go(int (*serve)(int), int fd) {
+	struct entry e = {serve, fd, 0};
+	pthread_t t;
+	sigset_t all, old;
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &old);
+	int err = pthread_create(&t, NULL, enter, &e);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (err)
+		return err;
+	pthread_join(t, NULL);
+	return e.result;
+}
+
 int tn_core_in_process(struct core **out, tailnode_error *err) {
 	pthread_mutex_lock(&cores_mu);
 	int code = 0;
@@ -149,7 +176,7 @@ int tn_core_in_process(struct core **out, tailnode_error *err) {
 		if (!code && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 			code = tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: socketpair: %s", strerror(errno));
 		else if (!code) {
-			int e = serve(pair[1]);
+			int e = enter_go(serve, pair[1]);
 			struct core *c = e ? NULL : new_core(pair[0], 0);
 			if (!c) {
 				close(pair[0]);
