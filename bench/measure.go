@@ -1,249 +1,323 @@
 package main
 
 import (
-	"bufio"
-	"encoding/json"
 	"fmt"
-	"io"
-	"os"
-	"os/exec"
-	"strconv"
-	"strings"
+	"path/filepath"
 	"time"
 
 	"github.com/tailnode/tailnode/bench/child"
 	"github.com/tailnode/tailnode/interop/harness"
 )
 
-// ground is the control server and the relay under both nodes of a measurement.
-type ground struct {
-	relay   harness.Relay
-	control harness.Control
+// plan is how much is measured.
+type plan struct {
+	starts   int           // rounds of a start and a first dial
+	restarts int           // rounds of restarts
+	rounds   int           // rounds of everything else
+	idle     time.Duration // of idling, once a round and side
+	stream   time.Duration // each transfer
+	after    time.Duration // from the end of the last transfer until memory is looked at again, in the first round
+	trips    int           // round trips
+	hold     int           // connections open at a Close
+	close    time.Duration // that a Close may take
+	patience patience      // with others' use of the machine, in all
+	quiet    time.Duration // and before each measurement
+	profiles string        // a folder for CPU profiles, or ""
 }
 
-func newGround() (*ground, error) {
-	relay, err := harness.UpstreamRelay(nil)
-	if err != nil {
-		return nil, err
-	}
-	control, err := harness.UpstreamControl(relay.Info(), nil)
-	if err != nil {
-		relay.Close()
-		return nil, err
-	}
-	return &ground{relay, control}, nil
+var full = plan{
+	starts: 15, restarts: 5, rounds: 5, idle: 30 * time.Second, stream: 5 * time.Second, after: 60 * time.Second, trips: 5000,
+	hold: 1000, close: 15 * time.Second, patience: patience(10 * time.Minute), quiet: time.Minute,
 }
 
-func (g *ground) close() {
-	g.control.Close()
-	g.relay.Close()
+var quick = plan{
+	starts: 3, restarts: 1, rounds: 2, idle: 8 * time.Second, stream: 2 * time.Second, after: 4 * time.Second, trips: 2000,
+	hold: 1000, close: 4 * time.Second, patience: patience(15 * time.Second), quiet: 3 * time.Second,
 }
 
-// proc is a running measured process.
-type proc struct {
-	cmd   *exec.Cmd
-	in    io.WriteCloser
-	out   *bufio.Scanner
-	errs  strings.Builder
-	dir   string
-	up    child.Reply
-	spawn time.Duration // from before its start until it said that it is up
+// A measurement measures one side once.
+type measurement struct {
+	name   string
+	rounds func(p *plan) int
+	lean   bool // also of upstream at its leanest, in the first round
+	run    func(s *side, rep *report, p *plan, round int) error
 }
 
-func (g *ground) start(s *side, name string) (*proc, error) {
-	dir, err := os.MkdirTemp("", "bench-node")
-	if err != nil {
-		return nil, err
-	}
-	conf, err := json.Marshal(child.Config{Dir: dir, Hostname: name, ControlURL: g.control.URL(), AuthKey: "tskey-any"})
-	if err != nil {
-		return nil, err
-	}
-	p := &proc{cmd: exec.Command(s.child, string(conf)), dir: dir}
-	p.cmd.Stderr = &p.errs
-	p.cmd.Env = os.Environ()
-	for k, v := range harness.UpstreamKnobs {
-		p.cmd.Env = append(p.cmd.Env, k+"="+v)
-	}
-	if p.in, err = p.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	out, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	p.out = bufio.NewScanner(out)
-	began := time.Now()
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	p.up, err = p.reply()
-	p.spawn = time.Since(began)
-	if err != nil {
-		p.stop()
-		return nil, err
-	}
-	return p, nil
+var measurements = []measurement{
+	{"start", func(p *plan) int { return p.starts }, false, measureStart},
+	{"restart", func(p *plan) int { return p.restarts }, false, measureRestart},
+	{"idle", func(p *plan) int { return min(2, p.rounds) }, true, measureIdle},
+	{"direct", func(p *plan) int { return p.rounds }, false, measureDirect},
+	{"relayed", func(p *plan) int { return p.rounds }, false, measureRelayed},
+	{"close", func(p *plan) int { return min(2, p.rounds) }, false, measureClose},
 }
 
-func (p *proc) reply() (child.Reply, error) {
-	var r child.Reply
-	if !p.out.Scan() {
-		return r, fmt.Errorf("the measured process ended: %v %s", p.out.Err(), p.errs.String())
-	}
-	if err := json.Unmarshal(p.out.Bytes(), &r); err != nil {
-		return r, err
-	}
-	if r.Err != "" {
-		return r, fmt.Errorf("the measured process: %s", r.Err)
-	}
-	return r, nil
-}
-
-func (p *proc) do(c child.Command) (child.Reply, error) {
-	if err := json.NewEncoder(p.in).Encode(c); err != nil {
-		return child.Reply{}, err
-	}
-	return p.reply()
-}
-
-// stop ends the process by ending its input, or by force if it does not close its node in time.
-func (p *proc) stop() {
-	p.in.Close()
-	late := time.AfterFunc(5*time.Second, func() { p.cmd.Process.Kill() })
-	defer late.Stop()
-	p.cmd.Wait()
-	os.RemoveAll(p.dir)
-}
-
-func measureUp(s *side, rep *report) error {
-	g, err := newGround()
+// measureStart starts two nodes and has the second dial the first at once.
+func measureStart(s *side, rep *report, p *plan, _ int) error {
+	g, err := newGround(harness.UpstreamRelay)
 	if err != nil {
 		return err
 	}
 	defer g.close()
-	p, err := g.start(s, "solo")
-	if err != nil {
-		return err
-	}
-	defer p.stop()
-	rep.add("process start to Up returned", "ms", true, s.name, p.spawn.Seconds()*1e3)
-	rep.add("main to Up returned", "ms", true, s.name, p.up.Seconds*1e3)
-	return nil
-}
-
-// pair starts two nodes that have exchanged a byte, so that each knows the other.
-func (g *ground) pair(s *side) (a, b *proc, first time.Duration, err error) {
-	if a, err = g.start(s, "alpha"); err != nil {
-		return nil, nil, 0, err
-	}
-	if b, err = g.start(s, "bravo"); err != nil {
-		a.stop()
-		return nil, nil, 0, err
-	}
-	r, err := b.do(child.Command{Op: "dial", Addr: a.up.IP})
-	if err != nil {
-		a.stop()
-		b.stop()
-		return nil, nil, 0, err
-	}
-	return a, b, time.Duration(r.Seconds * float64(time.Second)), nil
-}
-
-func measureIdle(s *side, rep *report, idle time.Duration) error {
-	g, err := newGround()
-	if err != nil {
-		return err
-	}
-	defer g.close()
-	a, b, _, err := g.pair(s)
+	a, b, first, err := g.pair(s, false)
 	if err != nil {
 		return err
 	}
 	defer a.stop()
 	defer b.stop()
-	before, err := a.do(child.Command{Op: "cpu"})
-	if err != nil {
-		return err
+	for _, p := range []*proc{a, b} {
+		rep.add("process start to Up returned", "ms", true, s, p.spawn.Seconds()*1e3)
+		rep.add("main to Up returned", "ms", true, s, p.up.Seconds*1e3)
 	}
-	time.Sleep(idle) // what is measured is the passing of time
-	rss, err := residentMB(a.cmd.Process.Pid)
-	if err != nil {
-		return err
-	}
-	after, err := a.do(child.Command{Op: "cpu"})
-	if err != nil {
-		return err
-	}
-	rep.add(fmt.Sprintf("resident memory after %v idle, one peer", idle), "MB", true, s.name, rss)
-	rep.add("processor time while idle", "ms/s", true, s.name, (after.CPU-before.CPU)*1e3/idle.Seconds())
+	rep.add("process start to first byte back from a peer", "ms", true, s, (b.spawn.Seconds()+first.Seconds)*1e3)
+	rep.add("first Dial to first byte back", "ms", true, s, first.Seconds*1e3)
+	rep.add("first Dial to a direct path", "ms", true, s, first.Direct*1e3)
 	return nil
 }
 
-// residentMB asks ps, which is on every system that this runs on.
-func residentMB(pid int) (float64, error) {
-	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil {
-		for line := range strings.Lines(string(b)) {
-			if kb, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-				return kilobytes(strings.TrimSuffix(strings.TrimSpace(kb), " kB"))
-			}
+// measureRestart restarts each of two nodes that know each other.
+func measureRestart(s *side, rep *report, p *plan, _ int) error {
+	g, err := newGround(harness.UpstreamRelay)
+	if err != nil {
+		return err
+	}
+	defer g.close()
+	a, b, _, err := g.pair(s, false)
+	if err != nil {
+		return err
+	}
+	defer func() { a.stop(); b.stop() }()
+	nb, err := g.again(s, b, a.up.IP)
+	if err != nil {
+		return fmt.Errorf("restart of the dialling node: %w", err)
+	}
+	b = nb
+	rep.add("restart of the dialling node: process start to first byte back", "ms", true, s, b.spawn.Seconds()*1e3)
+	na, err := g.again(s, a, "")
+	if err != nil {
+		return fmt.Errorf("restart of the dialled node: %w", err)
+	}
+	a = na
+	if _, err := b.do(child.Command{Op: "first", Addr: a.up.IP}); err != nil {
+		return fmt.Errorf("restart of the dialled node: %w", err)
+	}
+	rep.add("restart of the dialled node: process start to first byte back", "ms", true, s, time.Since(a.began).Seconds()*1e3)
+	return nil
+}
+
+func measureIdle(s *side, rep *report, p *plan, _ int) error {
+	g, err := newGround(harness.UpstreamRelay)
+	if err != nil {
+		return err
+	}
+	defer g.close()
+	a, b, _, err := g.pair(s, false)
+	if err != nil {
+		return err
+	}
+	defer a.stop()
+	defer b.stop()
+	before, err := a.do(child.Command{Op: "stats"})
+	if err != nil {
+		return err
+	}
+	time.Sleep(p.idle) // what is measured is the passing of time
+	rss, threads := residentMB(a), procStatus(a.cmd.Process.Pid, "Threads")
+	after, err := a.do(child.Command{Op: "stats"})
+	if err != nil {
+		return err
+	}
+	rep.add(fmt.Sprintf("idle for %v, one peer: resident memory", p.idle), "MB", true, s, rss)
+	rep.add("idle: goroutines", "", true, s, float64(after.Goroutines))
+	rep.add("idle: threads", "", true, s, threads)
+	rep.add("idle: processor time", "ms/s", true, s, (after.CPU-before.CPU)*1e3/p.idle.Seconds())
+	return nil
+}
+
+// transfer sends from b to a, and notes speed, cost and memory. It returns the relay's processor time for a gigabyte.
+func transfer(s *side, rep *report, a, b *proc, name string, streams int, d time.Duration, profile bool) (relay float64, err error) {
+	var before, after [2]child.Reply
+	for i, p := range []*proc{a, b} {
+		resetPeak(p)
+		if before[i], err = p.do(child.Command{Op: "stats"}); err != nil {
+			return 0, err
 		}
 	}
-	out, err := command("ps", "-o", "rss=", "-p", strconv.Itoa(pid))
+	if profile {
+		if _, err := a.do(child.Command{Op: "profile", Seconds: d.Seconds()}); err != nil {
+			return 0, err
+		}
+	}
+	relay = child.CPU()
+	r, err := b.do(child.Command{Op: "send", Addr: a.up.IP, Streams: streams, Seconds: d.Seconds()})
 	if err != nil {
 		return 0, err
 	}
-	return kilobytes(out)
+	relay = child.CPU() - relay
+	for i, p := range []*proc{a, b} {
+		if after[i], err = p.do(child.Command{Op: "stats"}); err != nil {
+			return 0, err
+		}
+	}
+	gb := float64(r.Bytes) / 1e9
+	name += fmt.Sprintf(", %d stream", streams)
+	if streams > 1 {
+		name += "s"
+	}
+	rep.add(name, "Mbit/s", false, s, gb*8e3/r.Seconds)
+	rep.add(name+": both nodes' processor time", "s/GB", true, s, (after[0].CPU+after[1].CPU-before[0].CPU-before[1].CPU)/gb)
+	rep.add(name+": sender's peak memory", "MB", true, s, peakMB(b))
+	rep.add(name+": receiver's peak memory", "MB", true, s, peakMB(a))
+	return relay / gb, nil
 }
 
-func kilobytes(s string) (float64, error) {
-	kb, err := strconv.ParseFloat(strings.TrimSpace(s), 64)
-	return kb * 1024 / 1e6, err
+func roundTrips(s *side, rep *report, a, b *proc, name string, p *plan) error {
+	r, err := b.do(child.Command{Op: "rtt", Addr: a.up.IP, Count: p.trips})
+	if err != nil {
+		return err
+	}
+	rep.add(name+" round trip, p50", "µs", true, s, r.P50*1e6)
+	rep.add(name+" round trip, p99", "µs", true, s, r.P99*1e6)
+	return nil
 }
 
-func measureSpeed(s *side, rep *report, d time.Duration) error {
-	g, err := newGround()
+func measureDirect(s *side, rep *report, p *plan, round int) error {
+	g, err := newGround(harness.UpstreamRelay)
 	if err != nil {
 		return err
 	}
 	defer g.close()
-	a, b, _, err := g.pair(s)
+	a, b, _, err := g.pair(s, false)
 	if err != nil {
 		return err
 	}
 	defer a.stop()
 	defer b.stop()
+	if err := roundTrips(s, rep, a, b, "direct", p); err != nil {
+		return err
+	}
 	for _, streams := range []int{1, 8} {
-		var before, after [2]child.Reply
-		for i, p := range []*proc{a, b} {
-			if before[i], err = p.do(child.Command{Op: "cpu"}); err != nil {
-				return err
-			}
+		if _, err := transfer(s, rep, a, b, "direct TCP", streams, p.stream, false); err != nil {
+			return err
 		}
-		relay := child.CPU()
-		r, err := b.do(child.Command{Op: "send", Addr: a.up.IP, Streams: streams, Seconds: d.Seconds()})
+		// The path must have been direct to the end.
+		r, err := b.do(child.Command{Op: "first", Addr: a.up.IP, Seconds: 0.1})
 		if err != nil {
 			return err
 		}
-		relay = child.CPU() - relay
-		for i, p := range []*proc{a, b} {
-			if after[i], err = p.do(child.Command{Op: "cpu"}); err != nil {
-				return err
-			}
+		if r.Direct == 0 {
+			return errNotDirect
 		}
-		gb := float64(r.Bytes) / 1e9
-		name := fmt.Sprintf("relayed TCP, %d stream", streams)
-		if streams > 1 {
-			name += "s"
+	}
+	if round == 0 {
+		time.Sleep(p.after) // what is measured is what is given back in a length of time
+		rep.add(fmt.Sprintf("%v after: sender's memory", p.after), "MB", true, s, residentMB(b))
+		rep.add(fmt.Sprintf("%v after: receiver's memory", p.after), "MB", true, s, residentMB(a))
+	}
+	return nil
+}
+
+// measureRelayed has either relay between two nodes that may not take another path.
+func measureRelayed(s *side, rep *report, p *plan, round int) error {
+	for _, relay := range []struct {
+		name  string
+		maker harness.RelayMaker
+	}{{"our relay", harness.OurRelay}, {"upstream's relay", harness.UpstreamRelay}} {
+		if err := relayed(s, rep, p, "by "+relay.name, relay.maker, round); err != nil {
+			return fmt.Errorf("%s: %w", relay.name, err)
 		}
-		rep.add(name, "Mbit/s", false, s.name, gb*8e3/r.Seconds)
-		rep.add(name+": both nodes' processor time", "s/GB", true, s.name, (after[0].CPU+after[1].CPU-before[0].CPU-before[1].CPU)/gb)
-		rep.add(name+": relay's processor time", "s/GB", true, s.name, relay/gb)
-		rss, err := residentMB(a.cmd.Process.Pid)
+	}
+	return nil
+}
+
+func relayed(s *side, rep *report, p *plan, name string, relay harness.RelayMaker, round int) error {
+	g, err := newGround(relay)
+	if err != nil {
+		return err
+	}
+	defer g.close()
+	a, b, _, err := g.pair(s, true)
+	if err != nil {
+		return err
+	}
+	defer a.stop()
+	defer b.stop()
+	if err := roundTrips(s, rep, a, b, name, p); err != nil {
+		return err
+	}
+	for _, streams := range []int{1, 8} {
+		cpu, err := transfer(s, rep, a, b, name, streams, p.stream, false)
 		if err != nil {
 			return err
 		}
-		rep.add(name+": receiver's resident memory after it", "MB", true, s.name, rss)
+		if streams == 1 {
+			rep.add(name+", 1 stream: the relay's processor time", "s/GB", true, s, cpu)
+		}
+	}
+	return nil
+}
+
+// measureClose closes a node with many connections, all of which it has dialled.
+func measureClose(s *side, rep *report, p *plan, _ int) error {
+	g, err := newGround(harness.UpstreamRelay)
+	if err != nil {
+		return err
+	}
+	defer g.close()
+	a, b, _, err := g.pair(s, false)
+	if err != nil {
+		return err
+	}
+	defer a.stop()
+	defer b.stop()
+	r, err := b.do(child.Command{Op: "hold", Addr: a.up.IP, Count: p.hold})
+	if err != nil {
+		return err
+	}
+	rep.add("connections opened, 16 at once", "1/s", false, s, float64(p.hold)/r.Seconds)
+	if r, err = b.do(child.Command{Op: "close", Seconds: p.close.Seconds()}); err != nil {
+		return err
+	}
+	rep.add(fmt.Sprintf("Close with %d connections (given up after %v)", p.hold, p.close), "ms", true, s, r.Seconds*1e3)
+	b.cmd.Process.Kill() // it may never end
+	return nil
+}
+
+// profiled makes CPU profiles of both nodes in a long transfer of one stream, direct and by each relay.
+func profiled(s *side, p *plan) error {
+	for _, way := range []struct {
+		name  string
+		relay harness.RelayMaker
+		only  bool
+	}{{"direct", harness.UpstreamRelay, false}, {"our-relay", harness.OurRelay, true}, {"upstream-relay", harness.UpstreamRelay, true}} {
+		g, err := newGround(way.relay)
+		if err != nil {
+			return err
+		}
+		defer g.close()
+		var nodes [2]*proc
+		for i, name := range []string{"receiver", "sender"} {
+			nodes[i], err = g.start(s, child.Config{
+				Hostname: name, RelayOnly: way.only, Profile: filepath.Join(p.profiles, s.dir+"-"+way.name+"-"+name+".pprof"),
+			})
+			if err != nil {
+				return err
+			}
+			defer nodes[i].stop()
+		}
+		wait := directWait
+		if way.only {
+			wait = 0
+		}
+		a, b := nodes[0], nodes[1]
+		if _, err := b.do(child.Command{Op: "first", Addr: a.up.IP, Seconds: wait.Seconds()}); err != nil {
+			return err
+		}
+		var rep report
+		if _, err := transfer(s, &rep, a, b, way.name, 1, p.stream, true); err != nil {
+			return err
+		}
+		time.Sleep(time.Second) // the receiver's profile ends by the clock
 	}
 	return nil
 }

@@ -6,46 +6,56 @@ package child
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
-	"sync"
+	"runtime"
+	"runtime/pprof"
 	"time"
 )
 
-// Server is the part of a node that is measured; tsnet.Server has these methods but for Up's status.
+// Server is the part of a node that is measured; tsnet.Server has these methods but for Up's status, and Direct.
 type Server interface {
 	Up(ctx context.Context) error
 	Listen(network, addr string) (net.Listener, error)
 	Dial(ctx context.Context, network, addr string) (net.Conn, error)
 	TailscaleIPs() (ip4, ip6 netip.Addr)
+	// Direct returns where the peer with that address is reached without a relay, "" if it is not.
+	Direct(ctx context.Context, peer netip.Addr) (string, error)
 	Close() error
 }
 
 // Config is what the benchmark asks of a node; it comes as JSON in the first argument.
 type Config struct {
 	Dir, Hostname, ControlURL, AuthKey string
+	RelayOnly                          bool   // never take a direct path
+	Dial                               string // if not empty, a peer's address: dial it before saying that the node is up
+	Profile                            string // if not empty, write a CPU profile of all sending there
 }
 
-// Command is one line of input. Op is "dial" (one connection, one byte each way), "send" or "cpu".
+// Command is one line of input. Op is "stats", or one of the functions of ops.go: "first" (one byte each way, then Wait for
+// a direct path), "send" (on so many Streams for so many Seconds), "rtt" (Count round trips), "hold" (open Count
+// connections and keep them), or "close" (close the node, which must take no longer than Seconds).
 type Command struct {
 	Op      string
 	Addr    string
 	Streams int
+	Count   int
 	Seconds float64
 }
 
 // Reply is one line of output. The first, without a command, says that the node is up.
 type Reply struct {
-	Err     string  `json:",omitempty"`
-	IP      string  `json:",omitempty"`
-	Seconds float64 `json:",omitempty"`
-	Bytes   int64   `json:",omitempty"`
-	CPU     float64 `json:",omitempty"` // seconds of processor time, user and system, so far
+	Err        string  `json:",omitempty"`
+	IP         string  `json:",omitempty"`
+	Seconds    float64 `json:",omitempty"` // what the command took; "first": until the byte came back
+	Direct     float64 `json:",omitempty"` // "first": seconds from the dial to a direct path; 0: it did not come
+	Bytes      int64   `json:",omitempty"`
+	P50, P99   float64 `json:",omitempty"` // seconds
+	CPU        float64 `json:",omitempty"` // seconds of processor time, user and system, so far
+	Goroutines int     `json:",omitempty"`
 }
 
 const port = "9000"
@@ -74,106 +84,74 @@ func Main(make func(Config) Server) {
 		fail(err)
 	}
 	go serve(ln)
+	if conf.Dial != "" {
+		if _, err := first(srv, conf.Dial, 0); err != nil {
+			fail(err)
+		}
+	}
 	v4, _ := srv.TailscaleIPs()
-	out.Encode(Reply{IP: v4.String(), Seconds: took.Seconds(), CPU: cpu()})
+	out.Encode(Reply{IP: v4.String(), Seconds: took.Seconds(), CPU: cpu(), Goroutines: runtime.NumGoroutine()})
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {
 		var cmd Command
 		if err := json.Unmarshal(in.Bytes(), &cmd); err != nil {
 			fail(err)
 		}
-		var r Reply
-		var err error
-		switch cmd.Op {
-		case "cpu":
-		case "dial":
-			r, err = send(srv, cmd.Addr, 1, 0)
-		case "send":
-			r, err = send(srv, cmd.Addr, cmd.Streams, time.Duration(cmd.Seconds*float64(time.Second)))
-		default:
-			err = fmt.Errorf("unknown command %q", cmd.Op)
-		}
+		r, err := do(srv, conf, cmd)
 		if err != nil {
 			r.Err = err.Error()
 		}
-		r.CPU = cpu()
+		r.CPU, r.Goroutines = cpu(), runtime.NumGoroutine()
 		out.Encode(r)
 	}
 	srv.Close()
 }
 
-// serve counts what each connection brings, and answers with the count when it ends.
-func serve(ln net.Listener) {
-	for {
-		c, err := ln.Accept()
-		if err != nil {
-			return
-		}
-		go func() {
-			defer c.Close()
-			buf := make([]byte, 128<<10)
-			var n uint64
-			for {
-				k, err := c.Read(buf)
-				n += uint64(k)
-				if err != nil {
-					break
-				}
-			}
-			c.Write(binary.BigEndian.AppendUint64(nil, n))
-		}()
-	}
-}
-
-// send writes on some connections at a time for d, and counts the bytes that arrived.
-func send(srv Server, addr string, streams int, d time.Duration) (Reply, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), d+time.Minute)
-	defer cancel()
-	conns := make([]net.Conn, streams)
-	for i := range conns {
-		c, err := srv.Dial(ctx, "tcp", net.JoinHostPort(addr, port))
+func do(srv Server, conf Config, cmd Command) (Reply, error) {
+	d := time.Duration(cmd.Seconds * float64(time.Second))
+	switch cmd.Op {
+	case "stats":
+		return Reply{}, nil
+	case "first":
+		return first(srv, cmd.Addr, d)
+	case "send":
+		stop, err := profile(conf.Profile)
 		if err != nil {
 			return Reply{}, err
 		}
-		defer c.Close()
-		conns[i] = c
+		defer stop()
+		return send(srv, cmd.Addr, cmd.Streams, d)
+	case "rtt":
+		return roundTrips(srv, cmd.Addr, cmd.Count)
+	case "hold":
+		return hold(srv, cmd.Addr, cmd.Count)
+	case "close":
+		return closeWithin(srv, d), nil
+	case "profile": // of a node that only receives
+		stop, err := profile(conf.Profile)
+		if err == nil {
+			time.AfterFunc(d, stop)
+		}
+		return Reply{}, err
 	}
-	began := time.Now()
-	var mu sync.Mutex
-	var wg sync.WaitGroup
-	var total int64
-	var first error
-	for _, c := range conns {
-		wg.Go(func() {
-			n, err := stream(c, began.Add(d))
-			mu.Lock()
-			defer mu.Unlock()
-			total += n
-			if first == nil {
-				first = err
-			}
-		})
-	}
-	wg.Wait()
-	return Reply{Bytes: total, Seconds: time.Since(began).Seconds()}, first
+	return Reply{}, fmt.Errorf("unknown command %q", cmd.Op)
 }
 
-func stream(c net.Conn, end time.Time) (int64, error) {
-	buf := make([]byte, 128<<10)
-	for {
-		if _, err := c.Write(buf); err != nil {
-			return 0, err
-		}
-		if !time.Now().Before(end) {
-			break
-		}
+// profile begins a CPU profile in a file, unless its name is empty.
+func profile(name string) (stop func(), err error) {
+	if name == "" {
+		return func() {}, nil
 	}
-	if err := c.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
-		return 0, err
+	f, err := os.Create(name)
+	if err != nil {
+		return nil, err
 	}
-	var n [8]byte
-	if _, err := io.ReadFull(c, n[:]); err != nil {
-		return 0, err
+	if err := pprof.StartCPUProfile(f); err != nil {
+		f.Close()
+		return nil, err
 	}
-	return int64(binary.BigEndian.Uint64(n[:])), nil
+	return func() {
+		pprof.StopCPUProfile()
+		f.Close()
+	}, nil
 }

@@ -3,7 +3,10 @@ package main
 
 import (
 	"context"
+	"net/netip"
+	"slices"
 
+	"tailscale.com/envknob"
 	"tailscale.com/net/netns"
 	"tailscale.com/tsnet"
 
@@ -17,9 +20,32 @@ func (s server) Up(ctx context.Context) error {
 	return err
 }
 
+func (s server) Direct(ctx context.Context, peer netip.Addr) (string, error) {
+	lc, err := s.LocalClient()
+	if err != nil {
+		return "", err
+	}
+	st, err := lc.Status(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, p := range st.Peer {
+		if slices.Contains(p.TailscaleIPs, peer) {
+			return p.CurAddr, nil
+		}
+	}
+	return "", nil
+}
+
 func main() {
-	netns.SetEnabled(false) // everything is on loopback
+	netns.SetEnabled(false) // everything is on this machine
 	child.Main(func(c child.Config) child.Server {
+		// Nothing is logged to anyone, and no gateway is asked for a port.
+		envknob.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
+		envknob.Setenv("TS_DISABLE_PORTMAPPER", "true")
+		if c.RelayOnly {
+			envknob.Setenv("TS_DEBUG_NEVER_DIRECT_UDP", "true")
+		}
 		return server{&tsnet.Server{
 			Dir: c.Dir, Hostname: c.Hostname, ControlURL: c.ControlURL, AuthKey: c.AuthKey,
 			UserLogf: func(string, ...any) {},
