@@ -27,6 +27,7 @@ const (
 	// minLifetime is the shortest that is of use, and minRenew the least time between requests for it.
 	minLifetime = 30 * time.Second
 	minRenew    = 10 * time.Second
+	upnpRenew   = 20 * time.Minute
 	// maxLifetime bounds what a router may promise (RFC 6887 §15: at most a day is expected of one).
 	maxLifetime = 24 * time.Hour
 
@@ -105,7 +106,7 @@ type Client struct {
 	mu      sync.Mutex
 	m       *mapping
 	wanted  bool
-	lost    bool // the router has forgotten m
+	lost    bool // the router has forgotten m, or may have
 	running bool // work runs
 	again   bool // work is to look once more
 	fails   int
@@ -178,11 +179,15 @@ func (c *Client) Want(on bool) {
 	c.scheduleLocked()
 }
 
-// NetworkChanged says that the router, the addresses or the local port may be others than before. It does not block.
+// NetworkChanged says that the router, the addresses or the local port may be others than before, or that the router may have
+// restarted, as when a link goes and comes back. The mapping is asked for again, once in ten seconds at most. It does not block.
 func (c *Client) NetworkChanged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.fails, c.retry = 0, time.Time{}
+	if c.m != nil && c.wanted && time.Since(c.m.got) >= minRenew {
+		c.lost = true
+	}
 	if c.wanted || c.m != nil {
 		c.startLocked()
 	}
@@ -249,8 +254,15 @@ func (c *Client) scheduleLocked() {
 	})
 }
 
-// renewAt returns when a mapping is asked for again: at half its time (RFC 6887 §11.2.1).
-func renewAt(m *mapping) time.Time { return m.got.Add(m.expires.Sub(m.got) / 2) }
+// renewAt returns when a mapping is asked for again: at half its time (RFC 6887 §11.2.1), by UPnP sooner, because only
+// asking shows whether a router has restarted.
+func renewAt(m *mapping) time.Time {
+	d := m.expires.Sub(m.got) / 2
+	if m.proto == UPnP {
+		d = min(d, upnpRenew)
+	}
+	return m.got.Add(d)
+}
 
 func (c *Client) startLocked() {
 	if c.closed || c.off() {
@@ -333,8 +345,8 @@ func (c *Client) step() (changed bool) {
 			return true
 		}
 		if c.m != nil {
-			// Again at half of what is left, as RFC 6887 §11.2.1 has it.
-			c.retry = now.Add(max(c.m.expires.Sub(now)/2, minRenew))
+			// Again at half of what is left, as RFC 6887 §11.2.1 has it, or sooner.
+			c.retry = now.Add(max(min(c.m.expires.Sub(now)/2, upnpRenew), minRenew))
 		}
 		return changed
 	}
