@@ -587,6 +587,7 @@ func TestWireGuardOnly(t *testing.T) {
 		b.m.UpsertPeer(a.info())
 		a.send()
 		time.Sleep(time.Second)
+		synctest.Wait()
 		if b.byUDP != 1 || a.m.Path(b.key).Addr != at {
 			t.Fatalf("%d packets, %+v", b.byUDP, a.m.Path(b.key))
 		}
@@ -623,6 +624,9 @@ func TestHandshakeWithoutRelay(t *testing.T) {
 			t.Errorf("data: %v", err)
 		}
 		time.Sleep(10 * time.Millisecond)
+		synctest.Wait()
+		a.mu.Lock()
+		defer a.mu.Unlock()
 		if a.byUDP != 1 {
 			t.Errorf("%d messages", a.byUDP)
 		}
