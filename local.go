@@ -209,6 +209,12 @@ func applyLive(m *netmap.Map, ps *PeerStatus, l datapath.Live) {
 	if l.Path.Addr.IsValid() {
 		ps.CurAddr = l.Path.Addr.String()
 	}
+	if l.Known {
+		ps.Path = &PathStatus{
+			Endpoint: ps.CurAddr, Region: node.RegionCode(m, l.Path.Region), RoundTrip: l.Path.RTT,
+			Since: l.Path.Since, WhyNotDirect: l.Path.WhyNotDirect,
+		}
+	}
 }
 
 func nodeOf(p *netmap.Node) *Node {

@@ -245,3 +245,47 @@ func TestKeyExpiry(t *testing.T) {
 	}
 	c.Close()
 }
+
+// TestPath follows the way to a peer, from none to a direct one.
+func TestPath(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	ip, _ := b.TailscaleIPs()
+	lc, err := a.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	beta := func() *tailnode.PeerStatus {
+		st, err := lc.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range st.Peer {
+			return p
+		}
+		return nil
+	}
+	if p := beta(); p != nil && p.Path != nil {
+		t.Errorf("a path before any traffic: %+v", p.Path)
+	}
+	ctx := withTimeout(t, 20*time.Second)
+	if _, err := lc.Ping(ctx, ip, tailnode.PingTSMP); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		r, err := lc.Ping(ctx, ip, tailnode.PingDisco)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Endpoint != "" {
+			break
+		}
+	}
+	p := beta()
+	if p.Path == nil || p.Path.Endpoint == "" || p.Path.Endpoint != p.CurAddr || p.Path.RoundTrip <= 0 || p.Path.Since.IsZero() || p.Path.WhyNotDirect != "" {
+		t.Errorf("path %+v, CurAddr %q", p.Path, p.CurAddr)
+	}
+	if p.RxBytes == 0 || p.TxBytes == 0 || p.LastHandshake.IsZero() || !p.Active {
+		t.Errorf("counters: %+v", p)
+	}
+}

@@ -100,6 +100,19 @@ type PeerStatus struct {
 	InEngine       bool       // WireGuard knows it: it has sent or was sent to
 	Expired        bool       `json:",omitempty"`
 	KeyExpiry      *time.Time `json:",omitempty"` // nil: never
+
+	// Path says more of the way to a peer that has sent or been sent to, nil for others. It has
+	// no counterpart upstream.
+	Path *PathStatus `json:",omitempty"`
+}
+
+// PathStatus is the way that packets take to a peer.
+type PathStatus struct {
+	Endpoint     string        `json:",omitempty"` // address and port of a direct path; empty: by relay
+	Region       string        `json:",omitempty"` // code of the relay region, of a path by relay
+	RoundTrip    time.Duration // to the peer's path manager, last measured; 0: not yet
+	Since        time.Time     `json:",omitzero"`  // when this path was taken into use
+	WhyNotDirect string        `json:",omitempty"` // of a path by relay
 }
 
 // IsTagged reports whether the node is owned by tags and not by a user.

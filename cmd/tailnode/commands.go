@@ -269,14 +269,24 @@ func peerState(p *tailnode.PeerStatus) string {
 		return "offline, last seen " + p.LastSeen.Local().Format("2006-01-02 15:04")
 	case !p.Online:
 		return "offline"
+	case p.Path == nil || !p.Active && p.CurAddr == "":
+		return "idle"
 	case p.CurAddr != "":
 		s = "direct " + p.CurAddr
-	case p.Active:
-		s = "relay " + p.Relay
 	default:
-		return "idle"
+		s = "relay " + cmp.Or(p.Path.Region, p.Relay)
 	}
-	return fmt.Sprintf("%s, sent %s, received %s", s, bytesText(p.TxBytes), bytesText(p.RxBytes))
+	if p.Path.RoundTrip > 0 {
+		s += " in " + p.Path.RoundTrip.Round(10*time.Microsecond).String()
+	}
+	if !p.Path.Since.IsZero() {
+		s += " for " + time.Since(p.Path.Since).Round(time.Second).String()
+	}
+	s += fmt.Sprintf(", sent %s, received %s", bytesText(p.TxBytes), bytesText(p.RxBytes))
+	if p.Path.WhyNotDirect != "" {
+		s += "; not direct: " + p.Path.WhyNotDirect
+	}
+	return s
 }
 
 func bytesText(n int64) string {
@@ -297,7 +307,8 @@ func (a *app) pingCommand() *cli.Command {
 		Usage:     "measure the round trip to a node, and show the path of each reply",
 		ArgsUsage: "NAME | ADDRESS",
 		Flags: nodeFlags(jsonFlag(),
-			&cli.IntFlag{Name: "count", Aliases: []string{"c"}, Value: 4, Usage: "how `MANY`; 0: until interrupted"},
+			&cli.IntFlag{Name: "count", Aliases: []string{"c"}, Value: 10, Usage: "how `MANY` at the most; 0: until interrupted"},
+			&cli.BoolFlag{Name: "until-direct", Value: true, Usage: "stop at the first reply that came directly (disco)"},
 			&cli.StringFlag{Name: "type", Value: string(tailnode.PingDisco), Usage: "`KIND` of ping: disco, TSMP or ICMP"},
 			&cli.DurationFlag{Name: "wait", Value: 5 * time.Second, Usage: "`TIME` to wait for each reply"}),
 		Action: func(ctx context.Context, c *cli.Command) error {
@@ -347,8 +358,9 @@ func peersOf(st *tailnode.Status) (ps []*tailnode.PeerStatus) {
 
 func (a *app) pings(ctx context.Context, c *cli.Command, n joined, ip netip.Addr) error {
 	typ := tailnode.PingType(c.String("type"))
+	untilDirect := c.Bool("until-direct") && typ == tailnode.PingDisco
 	var last error
-	got := 0
+	got, direct := 0, false
 	next := time.NewTicker(time.Second)
 	defer next.Stop()
 	for i := 0; c.Int("count") == 0 || i < c.Int("count"); i++ {
@@ -374,18 +386,39 @@ func (a *app) pings(ctx context.Context, c *cli.Command, n joined, ip netip.Addr
 			continue
 		}
 		got++
+		direct = direct || r.Endpoint != ""
 		if c.Bool("json") {
 			if err := printJSON(a.out, r); err != nil {
 				return err
 			}
-			continue
+		} else {
+			rtt := time.Duration(r.LatencySeconds * float64(time.Second)).Round(10 * time.Microsecond)
+			fmt.Fprintf(a.out, "reply from %s (%s) %s in %v\n", r.NodeName, r.IP, pathText(r), rtt)
 		}
-		fmt.Fprintf(a.out, "reply from %s (%s) %s in %v\n", r.NodeName, r.IP, pathText(r), (time.Duration(r.LatencySeconds * float64(time.Second))).Round(10*time.Microsecond))
+		if r.IsLocalIP || untilDirect && direct {
+			return nil
+		}
+	}
+	if got > 0 && untilDirect && !direct {
+		a.whyRelayed(ctx, n, ip)
 	}
 	if got == 0 {
 		return last
 	}
 	return nil
+}
+
+// whyRelayed says why there is no direct path.
+func (a *app) whyRelayed(ctx context.Context, n joined, ip netip.Addr) {
+	st, err := n.Status(ctx)
+	if err != nil {
+		return
+	}
+	for _, p := range st.Peer {
+		if slices.Contains(p.TailscaleIPs, ip) && p.Path != nil && p.Path.WhyNotDirect != "" {
+			fmt.Fprintf(a.err, "not direct: %s\n", p.Path.WhyNotDirect)
+		}
+	}
 }
 
 func pathText(r *tailnode.PingResult) string {

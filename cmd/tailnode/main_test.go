@@ -126,9 +126,13 @@ func TestStay(t *testing.T) {
 	if code != 0 || !strings.Contains(got, "Hello, visitor") {
 		t.Errorf("nc: exit code %d, %q, %q", code, got, errs)
 	}
-	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "-c", "2", "web")
+	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "-c", "2", "--until-direct=false", "web")
 	if code != 0 || strings.Count(got, "reply from web (100.64.") != 2 {
 		t.Errorf("ping: exit code %d, %q, %q", code, got, errs)
+	}
+	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "web")
+	if code != 0 || !strings.HasSuffix(got, "\n") || !strings.Contains(got[strings.LastIndex(got[:len(got)-1], "\n")+1:], "directly from") {
+		t.Errorf("ping until direct: exit code %d, %q, %q", code, got, errs)
 	}
 	if code := stop(); code != 0 {
 		t.Errorf("demo ended with %d", code)
