@@ -59,7 +59,10 @@ type Config struct {
 	// Endpoints, if not nil, is told where this node may be reached directly, whenever that changes. It
 	// must not block or call the Engine.
 	Endpoints func(eps []path.Endpoint)
-	Logger    *slog.Logger
+	// LinkChanged, if not nil, is told after the host's network has changed; major says that connections
+	// made before are likely dead. It must not block or call the Engine.
+	LinkChanged func(major bool)
+	Logger      *slog.Logger
 }
 
 // Engine carries packets. All its methods are safe for concurrent use.

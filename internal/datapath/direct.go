@@ -86,6 +86,10 @@ func (e *Engine) linkChanged(c netmon.Change) {
 	t.paths.SetLocal(c.New.Addrs)
 	if c.Major {
 		t.paths.NetworkChanged()
+		t.relays.Rebind()
+	}
+	if f := e.cfg.LinkChanged; f != nil {
+		f(c.Major)
 	}
 }
 

@@ -34,3 +34,14 @@ func (n *Node) tellEndpoints() {
 	}
 	n.sess.SetEndpoints(addrs, types)
 }
+
+// linkChanged follows the host's network. It runs on the monitor's goroutine.
+func (n *Node) linkChanged(major bool) {
+	n.mu.Lock()
+	started := n.hasSess
+	n.mu.Unlock()
+	if started && major {
+		n.sess.Nudge()
+		n.kickHome()
+	}
+}

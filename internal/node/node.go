@@ -152,14 +152,15 @@ func Start(cfg Config) (*Node, error) {
 	}
 	n.host = n.hostinfo()
 	n.engine, err = datapath.New(datapath.Config{
-		NodeKey:    n.saved.NodeKey,
-		DiscoKey:   n.disco,
-		Dial:       cfg.Dial,
-		RootCAs:    cfg.RootCA,
-		RelayState: n.relayState,
-		Port:       cfg.Port,
-		Endpoints:  n.setEndpoints,
-		Logger:     cfg.Logger,
+		NodeKey:     n.saved.NodeKey,
+		DiscoKey:    n.disco,
+		Dial:        cfg.Dial,
+		RootCAs:     cfg.RootCA,
+		RelayState:  n.relayState,
+		Port:        cfg.Port,
+		Endpoints:   n.setEndpoints,
+		LinkChanged: n.linkChanged,
+		Logger:      cfg.Logger,
 	})
 	if err != nil {
 		return nil, err
