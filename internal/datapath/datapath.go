@@ -207,6 +207,9 @@ func (e *Engine) SetNodeKey(k key.NodePrivate) error {
 		t.relays.SetHome(e.Home())
 	}
 	e.setLocal(t)
+	if e.direct != nil {
+		t.paths.SetMapped(e.direct.mapped)
+	}
 	old := e.trans.Swap(t)
 	e.kickSTUN()
 	old.close()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/tailnode/tailnode/internal/netmon"
+	"github.com/tailnode/tailnode/internal/path"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 	"github.com/tailnode/tailnode/internal/udp"
 )
@@ -24,6 +25,8 @@ type direct struct {
 	kick  chan struct{} // capacity 1: look at the STUN servers again
 	stop  context.CancelFunc
 	done  chan struct{}
+
+	mapped []path.Endpoint // guarded by Engine.mu
 }
 
 // openDirect opens the sockets; without any the node uses relays.
@@ -73,6 +76,26 @@ func (e *Engine) setLocal(t *transport) {
 	if d := e.direct; d != nil && d.mon != nil {
 		t.paths.SetLocal(d.mon.State().Addrs)
 	}
+}
+
+// UDPPorts returns the local ports of the sockets for direct paths, 0 for a family without one.
+func (e *Engine) UDPPorts() (v4, v6 uint16) {
+	if e.direct == nil {
+		return 0, 0
+	}
+	return e.direct.socks.Ports()
+}
+
+// SetMapped names endpoints that lead to this node's sockets by other means than the Engine finds out, such as port mappings on the
+// router. They replace those named before. It does not block; eps is kept.
+func (e *Engine) SetMapped(eps []path.Endpoint) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed || e.direct == nil {
+		return
+	}
+	e.direct.mapped = eps
+	e.trans.Load().paths.SetMapped(eps)
 }
 
 // linkChanged runs on the monitor's goroutine.
