@@ -250,19 +250,29 @@ static int spawn_helper(const char *path, int fd, pid_t *pid) {
 	char *stack = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
 	if (stack == MAP_FAILED)
 		return errno;
-	struct launch l = {.path = path, .fd = fd, .error = ECHILD};
+	// Shared memory proper, for where clone is carried out as a fork (valgrind).
+	struct launch *l = mmap(NULL, sizeof *l, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (l == MAP_FAILED) {
+		int e = errno;
+		munmap(stack, size);
+		return e;
+	}
+	*l = (struct launch){.path = path, .fd = fd, .error = ECHILD};
 	sigset_t all, old;
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &old); // no handler of the host may run on the shared memory
-	pid_t child = clone(launch, stack + size, CLONE_VM | CLONE_VFORK, &l);
+	pid_t child = clone(launch, stack + size, CLONE_VM | CLONE_VFORK, l);
 	int e = child < 0 ? errno : 0;
 	if (child > 0)
 		while (waitpid(child, NULL, __WCLONE) < 0 && errno == EINTR)
 			;
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	munmap(stack, size);
-	*pid = l.pid;
-	return e ? e : l.error;
+	if (!e)
+		e = l->error;
+	*pid = l->pid;
+	munmap(l, sizeof *l);
+	return e;
 }
 
 int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {

@@ -24,7 +24,8 @@ static tailnode_error err;
 
 #define FAIL(...)                                                                  \
 	do {                                                                       \
-		fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);                    \
+		fflush(stdout); \
+	fprintf(stderr, "%s:%d: ", __FILE__, __LINE__);                    \
 		fprintf(stderr, __VA_ARGS__);                                      \
 		fprintf(stderr, "\n");                                             \
 		_exit(1);                                                          \
