@@ -116,6 +116,7 @@ func (s *Stack) listenTCP(addr netip.AddrPort, only6 bool) (*listener, error) {
 		return nil, sysError(terr, false)
 	}
 	ep.SocketOptions().SetV6Only(only6)
+	ep.SocketOptions().SetReuseAddress(true) // connections of a former listener do not hold the port
 	if terr = ep.Bind(fullAddr(addr)); terr == nil {
 		terr = ep.Listen(s.cfg.Backlog)
 	}
