@@ -122,8 +122,17 @@ func (n *Node) whyNoAnswer(ctx context.Context, m *netmap.Map, dst netip.AddrPor
 	return fmt.Errorf("%w: %v does not answer", err, dst)
 }
 
-// errNotYet makes Await go on.
+// errNotYet is in errors that a later netmap may cure, so that it is worth waiting for one.
 var errNotYet = errors.New("not yet")
+
+// notYet returns an error with a code and a text in which errors.Is finds errNotYet.
+func notYet(code errcode.Code, format string, args ...any) error {
+	return errcode.With(code, patientError{fmt.Errorf(format, args...)})
+}
+
+type patientError struct{ error }
+
+func (patientError) Is(target error) bool { return target == errNotYet }
 
 // resolve finds the tailnet address that host means, waiting for it to appear.
 func (n *Node) resolve(ctx context.Context, nw network, host string, port uint16) (addr netip.Addr, err error) {
@@ -194,7 +203,7 @@ func lookup(m *netmap.Map, nw network, host string) (netip.Addr, error) {
 	case errors.Is(err, dns.ErrNoAddress):
 		return netip.Addr{}, errcode.New(errcode.NoSuchHost, "%s has no address of the network's family", host)
 	case ours:
-		return netip.Addr{}, errcode.New(errcode.NoSuchHost, "no node of the tailnet is called %s (%w)", host, errNotYet)
+		return netip.Addr{}, notYet(errcode.NoSuchHost, "no node of the tailnet is called %s", host)
 	}
 	return netip.Addr{}, errcode.New(errcode.NotTailnet, "%s is not a name of this tailnet, and nothing else is dialled from here", host)
 }
@@ -206,12 +215,12 @@ func reachable(m *netmap.Map, a netip.Addr) error {
 	}
 	if p := m.Route(a); p != nil {
 		if m.Expired(p, time.Now()) {
-			return errcode.New(errcode.KeyExpired, "the node key of %s has expired; it has to log in again", strings.TrimSuffix(p.Name, "."))
+			return notYet(errcode.KeyExpired, "the node key of %s has expired; it has to log in again", strings.TrimSuffix(p.Name, "."))
 		}
 		return nil
 	}
 	if dns.IsTailnetAddr(m, a) {
-		return errcode.New(errcode.Unreachable, "no node of the tailnet has the address %v (%w)", a, errNotYet)
+		return notYet(errcode.Unreachable, "no node of the tailnet has the address %v", a)
 	}
 	return errcode.New(errcode.NotTailnet, "%v is not on this tailnet: no node has it and no subnet route leads to it", a)
 }

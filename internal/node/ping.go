@@ -41,7 +41,7 @@ func (n *Node) Ping(ctx context.Context, ip netip.Addr, kind string) (PingResult
 			return err
 		}
 		if p := m.Route(ip); kind == PingDisco && p != nil && p.DiscoKey.IsZero() {
-			return errcode.New(errcode.Unsupported, "%s does not speak disco (%w)", p.ShortName(), errNotYet)
+			return notYet(errcode.Unsupported, "%s does not speak disco", p.ShortName())
 		}
 		return nil
 	})
