@@ -98,6 +98,10 @@ type Server struct {
 	// Port is the UDP port for direct traffic with peers; 0 lets the system choose.
 	Port uint16
 
+	// DisablePortMapping keeps the server from asking the router for a port by PCP, NAT-PMP or
+	// UPnP, which it does where it finds itself behind a NAT. It has no counterpart in tsnet.
+	DisablePortMapping bool
+
 	// AdvertiseTags are the tags to ask control for, each "tag:name".
 	AdvertiseTags []string
 
@@ -168,6 +172,7 @@ func (s *Server) startLocked() (err error) {
 		AuthURL:    s.showAuthURL,
 		RootCA:     s.RootCAs,
 		Port:       s.Port,
+		NoPortMap:  s.DisablePortMapping,
 		Logger:     s.logger(),
 	})
 	if err != nil {

@@ -33,6 +33,7 @@ func (n *Node) tellEndpoints() {
 		addrs[i], types[i] = e.Addr, e.Type
 	}
 	n.sess.SetEndpoints(addrs, types)
+	n.ports.Want(wantPortMap(n.eps))
 }
 
 // linkChanged follows the host's network. It runs on the monitor's goroutine.
@@ -41,6 +42,7 @@ func (n *Node) linkChanged(major bool) {
 	started := n.hasSess
 	n.mu.Unlock()
 	if started && major {
+		n.ports.NetworkChanged()
 		n.sess.Nudge()
 		n.kickHome()
 	}

@@ -82,6 +82,7 @@ func (n *Node) relayState(region int, connected bool, err error) {
 // tellControl sends the host information with what is known of the network.
 func (n *Node) tellControl(ni *tailcfg.NetInfo) {
 	n.mu.Lock()
+	_, ni.HavePortMap = n.ports.Mapping()
 	n.host.NetInfo = ni
 	host := n.host
 	n.mu.Unlock()

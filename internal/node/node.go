@@ -26,6 +26,7 @@ import (
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/netmap"
 	"github.com/tailnode/tailnode/internal/path"
+	"github.com/tailnode/tailnode/internal/portmap"
 	"github.com/tailnode/tailnode/internal/state"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -48,7 +49,9 @@ type Config struct {
 	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
 	RootCA *x509.CertPool // nil is the system's
 	Port   uint16         // UDP port for direct paths; 0: the system chooses
-	Logger *slog.Logger
+	// NoPortMap keeps the node from asking the router for a port.
+	NoPortMap bool
+	Logger    *slog.Logger
 }
 
 // State says how far a Node is.
@@ -82,6 +85,7 @@ type Node struct {
 	log    *slog.Logger
 	engine *datapath.Engine
 	sess   *control.Session
+	ports  *portmap.Client
 	disco  key.DiscoPrivate
 	saved  saved
 
@@ -192,6 +196,7 @@ func Start(cfg Config) (*Node, error) {
 		n.engine.Close()
 		return nil, err
 	}
+	n.startPortMap()
 	n.startEndpoints()
 	n.wg.Go(n.chooseHome)
 	n.sess.Start()
@@ -377,6 +382,7 @@ func (n *Node) Close() {
 		}
 		n.cancel()
 		n.sess.Close()
+		n.ports.Close()
 		n.engine.Close()
 		n.wg.Wait()
 		n.update(func(s *Status) { *s = Status{State: Stopped, Err: errNodeClosed} })
