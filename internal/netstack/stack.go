@@ -163,6 +163,14 @@ func New(cfg Config) (*Stack, error) {
 	return s, nil
 }
 
+const (
+	// maxRTO bounds the pause before TCP sends again (RFC 6298 §5.5 doubles it each time). It is short because what ends
+	// an outage here is a new path, of which TCP is not told.
+	maxRTO = 2 * time.Second
+	// maxProbes is how many probes of a closed window may go unanswered: a quarter of an hour's worth.
+	maxProbes = 450
+)
+
 func (s *Stack) configure() error {
 	if err := s.gv.CreateNIC(nicID, s.link); err != nil {
 		return fmt.Errorf("netstack: create interface: %s", err)
@@ -179,11 +187,13 @@ func (s *Stack) configure() error {
 		tw       = tcpip.TCPTimeWaitTimeoutOption(timeWait)
 		reuse    = tcpip.TCPTimeWaitReuseGlobal
 		linger   = tcpip.TCPLingerTimeoutOption(finWait2)
+		rto      = tcpip.TCPMaxRTOOption(maxRTO)
+		retries  = tcpip.TCPMaxRetriesOption(maxProbes)
 		rcv      = tcpip.TCPReceiveBufferSizeRangeOption{Min: 4 << 10, Default: initialBuffer, Max: s.cfg.MaxBuffer}
 		snd      = tcpip.TCPSendBufferSizeRangeOption{Min: 4 << 10, Default: initialBuffer, Max: s.cfg.MaxBuffer}
 	)
 	for _, o := range []tcpip.SettableTransportProtocolOption{
-		&sack, &recovery, &moderate, &cc, &tw, &reuse, &linger, &rcv, &snd,
+		&sack, &recovery, &moderate, &cc, &tw, &reuse, &linger, &rto, &retries, &rcv, &snd,
 	} {
 		if err := s.gv.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
 			return fmt.Errorf("netstack: set %T: %s", o, err)

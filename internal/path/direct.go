@@ -16,18 +16,27 @@ const (
 	heartbeat = 3 * time.Second
 	// trustFor is how long a pong vouches for a path: two heartbeats and some.
 	trustFor = 6500 * time.Millisecond
-	// After suspectAfter of sending without hearing anything the path is pinged, and after
-	// suspectWait, or some round trips, without an answer it is given up. The two bound a stall.
-	suspectAfter = 1 * time.Second
+	// If nothing is heard for suspectAfter after something was sent, or some round trips if that is longer, the path is
+	// pinged, and after suspectWait without an answer it is given up. Meanwhile everything goes by the relay as
+	// well. TCP in trouble sends again after about 0.2, 0.6 and 1.4 s: the second of these is to get through.
+	suspectAfter = 300 * time.Millisecond
 	suspectWait  = 300 * time.Millisecond
+	maxPatience  = 2 * time.Second
+	// quietAfter is after how much silence of a peer that was sending the path is pinged, at most every quietEvery: a
+	// receiver has nothing to say that could go unanswered, and its NAT may have lost both the path and the relay's connection.
+	quietAfter = 400 * time.Millisecond
+	quietEvery = time.Second
 	// upgradeEvery is how often other candidates are tried while a path works that is not
 	// goodEnough.
 	upgradeEvery = time.Minute
 	goodEnough   = 5 * time.Millisecond
 	// roundEvery is how often all candidates are tried while none works, after firstRounds.
 	roundEvery = 5 * time.Second
-	// pingBack is the least time between pings of a candidate that is pinged because it pinged us.
+	// pingBack is the least time between pings of a candidate that is pinged because it pinged us: what was sent to it
+	// before may have met a NAT that had not heard of us, which now has.
 	pingBack = time.Second
+	// askBack is the least time between call-me-maybes to a peer that sends by the relay although it is reached directly.
+	askBack = time.Second
 	// callWindow is how long after a call-me-maybe a node without traffic of its own pings back.
 	callWindow = 5 * time.Second
 	// observedFor is how long an address is remembered that nothing but a ping made known.
@@ -56,7 +65,7 @@ const (
 type candidate struct {
 	addr     netip.AddrPort
 	from     origin
-	lastPing time.Time // ours to it
+	lastBack time.Time // ours to it because it pinged us
 	lastSeen time.Time // a ping from it
 	rtt      time.Duration
 }
@@ -68,10 +77,14 @@ type direct struct {
 	best       netip.AddrPort // the path in use; invalid: the relay
 	trustUntil time.Time
 
-	traffic      time.Time // of the last packet to the peer
-	trafficSince time.Time // since when without a pause
-	heard        time.Time // last sign of life by the path in use
-	suspectUntil time.Time // zero: no suspicion
+	traffic      time.Time     // of the last packet to the peer
+	heard        time.Time     // last sign of life by the path in use
+	unanswered   time.Time     // of the first packet after that, as far as is known; zero: none
+	suspectAt    time.Time     // when unanswered becomes a suspicion; zero: not at all
+	suspectUntil time.Time     // zero: no suspicion
+	quietAt      time.Time     // when silence is worth a ping; zero: not at all
+	quiet        time.Time     // when it last was
+	patience     time.Duration // beyond suspectAfter, for a peer that has nothing to say but pongs
 
 	round     int       // rounds of the discovery in progress
 	roundAt   time.Time // zero: none in progress
@@ -79,6 +92,7 @@ type direct struct {
 	upgradeAt time.Time
 
 	called time.Time // last call-me-maybe acted on
+	asked  time.Time // last call-me-maybe for the peer's sake
 }
 
 // usable reports whether an address that somebody names as an endpoint may be pinged.
@@ -178,7 +192,8 @@ func (mc *machine) endpoints(now time.Time, eps []netip.AddrPort) {
 }
 
 // callMeMaybe takes the endpoints that the peer itself names. It has just pinged us, or tried; our pings now
-// pass its NAT, and open ours for its next ones.
+// pass its NAT, and open ours for its next ones. It would not call if it reached us directly, so a path that we believe
+// in may be dead, or the way back.
 func (mc *machine) callMeMaybe(now time.Time, eps []netip.AddrPort) {
 	d := &mc.d
 	if now.Sub(d.called) < callEvery {
@@ -187,8 +202,21 @@ func (mc *machine) callMeMaybe(now time.Time, eps []netip.AddrPort) {
 	d.called = now
 	mc.lastUsed = now
 	d.list(eps, fromCall)
+	mc.suspect(now)
+	mc.pingAll(now, nil)
+}
+
+// relayed says that data of the peer came by a relay although there is a direct path: the peer does not know of
+// it, or has found it dead.
+func (mc *machine) relayed(now time.Time) {
+	d := &mc.d
 	if !d.trusted(now) {
-		mc.pingAll(now, nil)
+		return
+	}
+	mc.suspect(now)
+	if now.Sub(d.asked) >= askBack {
+		d.asked = now
+		mc.acts = append(mc.acts, action{kind: sendCall})
 	}
 }
 
@@ -198,11 +226,8 @@ func (mc *machine) sending(now, heard time.Time) {
 	d := &mc.d
 	mc.lastUsed = now
 	fresh := !d.inSession(now)
-	if now.Sub(d.traffic) > suspectAfter {
-		d.trafficSince = now
-	}
 	d.traffic = now
-	mc.alive(heard)
+	mc.dataHeard(heard)
 	if fresh {
 		d.beatAt = now.Add(heartbeat)
 		d.upgradeAt = now.Add(upgradeEvery)
@@ -213,12 +238,9 @@ func (mc *machine) sending(now, heard time.Time) {
 		}
 		return
 	}
-	last := d.heard
-	if d.trafficSince.After(last) {
-		last = d.trafficSince
-	}
-	if now.Sub(last) >= suspectAfter {
-		mc.suspect(now)
+	if d.unanswered.IsZero() {
+		d.unanswered = now
+		d.suspectAt = now.Add(max(suspectAfter, 3*d.find(d.best).rtt) + d.patience)
 	}
 }
 
@@ -230,7 +252,20 @@ func (mc *machine) suspect(now time.Time) {
 	}
 	c := d.find(d.best)
 	mc.pingTo(now, c, nil)
-	d.suspectUntil = now.Add(max(suspectWait, 4*c.rtt))
+	d.suspectAt, d.quietAt, d.suspectUntil = time.Time{}, time.Time{}, now.Add(max(suspectWait, 4*c.rtt))
+	mc.acts = append(mc.acts, action{kind: doubt, until: d.suspectUntil})
+}
+
+// dataHeard notes when data was last heard by the path in use.
+func (mc *machine) dataHeard(at time.Time) {
+	if d := &mc.d; at.After(d.heard) {
+		d.patience = 0
+		d.quietAt = at.Add(quietAfter)
+		if t := d.quiet.Add(quietEvery); t.After(d.quietAt) {
+			d.quietAt = t
+		}
+	}
+	mc.alive(at)
 }
 
 // alive notes a sign of life by the path in use.
@@ -238,6 +273,9 @@ func (mc *machine) alive(at time.Time) {
 	if d := &mc.d; at.After(d.heard) {
 		d.heard = at
 		d.suspectUntil = time.Time{}
+		if !at.Before(d.unanswered) {
+			d.unanswered, d.suspectAt = time.Time{}, time.Time{}
+		}
 	}
 }
 
@@ -256,6 +294,7 @@ func (mc *machine) distrust(now time.Time) {
 		mc.acts = append(mc.acts, action{kind: setRoute})
 	}
 	d.best, d.trustUntil, d.suspectUntil = netip.AddrPort{}, time.Time{}, time.Time{}
+	d.unanswered, d.suspectAt, d.quietAt = time.Time{}, time.Time{}, time.Time{}
 	d.prune()
 	if d.inSession(now) {
 		mc.startRounds(now)
@@ -294,7 +333,6 @@ func (mc *machine) pingAll(now time.Time, req *pingRequest) {
 }
 
 func (mc *machine) pingTo(now time.Time, c *candidate, req *pingRequest) {
-	c.lastPing = now
 	mc.send(now, via{addr: c.addr}, req)
 }
 
@@ -302,10 +340,11 @@ func (mc *machine) pingTo(now time.Time, c *candidate, req *pingRequest) {
 func (mc *machine) directPing(now time.Time, ap netip.AddrPort) {
 	d := &mc.d
 	c := d.observe(now, ap)
-	if c == nil || d.trusted(now) || now.Sub(c.lastPing) < pingBack {
+	if c == nil || d.trusted(now) || now.Sub(c.lastBack) < pingBack {
 		return
 	}
 	if d.inSession(now) || now.Sub(d.called) < callWindow {
+		c.lastBack = now
 		mc.pingTo(now, c, nil)
 	}
 }
@@ -323,12 +362,16 @@ func (mc *machine) directPong(now time.Time, ap netip.AddrPort, rtt time.Duratio
 		c.rtt = (7*c.rtt + rtt) / 8 // one slow pong does not make a slow path
 	}
 	if ap == d.best {
+		if !d.suspectUntil.IsZero() {
+			d.patience = min(maxPatience, 2*d.patience+suspectAfter)
+		}
 		mc.alive(now)
 	} else if b := d.find(d.best); d.trusted(now) && b != nil && !better(c, b) {
 		return
 	}
 	if d.best != ap {
 		d.best, d.heard, d.suspectUntil = ap, now, time.Time{}
+		d.unanswered, d.suspectAt = time.Time{}, time.Time{}
 		if !d.inSession(now) {
 			d.beatAt = time.Time{}
 		} else if d.beatAt.IsZero() {
@@ -369,7 +412,16 @@ func (mc *machine) directTick(now time.Time) {
 	}
 	if !d.inSession(now) {
 		d.roundAt, d.beatAt, d.upgradeAt = time.Time{}, time.Time{}, time.Time{}
+		d.unanswered, d.suspectAt, d.quietAt = time.Time{}, time.Time{}, time.Time{}
 		return
+	}
+	if due(now, d.suspectAt) {
+		d.suspectAt = time.Time{}
+		mc.suspect(now)
+	}
+	if due(now, d.quietAt) {
+		d.quiet, d.quietAt = now, time.Time{}
+		mc.suspect(now)
 	}
 	if due(now, d.roundAt) {
 		mc.nextRound(now)
@@ -393,12 +445,12 @@ func due(now, t time.Time) bool { return !t.IsZero() && !now.Before(t) }
 
 // directNext returns when directTick has something to do, zero for never.
 func (d *direct) directNext() (t time.Time) {
-	times := [...]time.Time{d.roundAt, d.beatAt, d.upgradeAt, d.suspectUntil, {}, {}}
+	times := [...]time.Time{d.roundAt, d.beatAt, d.upgradeAt, d.suspectUntil, d.suspectAt, d.quietAt, {}, {}}
 	if d.best.IsValid() {
-		times[4] = d.trustUntil
+		times[6] = d.trustUntil
 	}
 	if !d.roundAt.IsZero() || !d.beatAt.IsZero() || !d.upgradeAt.IsZero() {
-		times[5] = d.traffic.Add(sessionFor)
+		times[7] = d.traffic.Add(sessionFor)
 	}
 	for _, x := range times {
 		if !x.IsZero() && (t.IsZero() || x.Before(t)) {

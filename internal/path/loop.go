@@ -180,6 +180,9 @@ func (o *owner) look(now time.Time) {
 		if flags&flagFailed != 0 {
 			a.mc.suspect(now)
 		}
+		if flags&flagRelayed != 0 {
+			a.mc.relayed(now)
+		}
 		o.run(now, a)
 	}
 	if cap(peers) <= 1024 {
@@ -368,7 +371,7 @@ func (o *owner) tick(now time.Time) {
 			o.drop(a)
 			continue
 		}
-		a.mc.alive(o.m.heard(a.p))
+		a.mc.dataHeard(o.m.heard(a.p))
 		a.mc.tick(now)
 		o.run(now, a)
 	}
@@ -392,6 +395,8 @@ func (o *owner) run(now time.Time, a *active) {
 			o.call(now, a)
 		case setRoute:
 			o.setRoute(now, a, act)
+		case doubt:
+			a.p.doubt.Store(int64(act.until.Sub(o.m.start)))
 		}
 	}
 	clear(a.mc.acts)
@@ -411,7 +416,8 @@ func (o *owner) setRoute(now time.Time, a *active, act *action) {
 	if !act.to.addr.IsValid() || a.p.removed.Load() {
 		if old != nil {
 			a.p.route.Store(nil)
-			a.p.used.Store(0) // the relay is taken into use anew
+			a.p.used.Store(0)          // the relay is taken into use anew
+			o.self.fresh = time.Time{} // it may be our NAT that has changed its mind
 			o.m.log.Debug("path: relayed", "peer", a.p.key.ShortString())
 		}
 		return

@@ -38,6 +38,7 @@ const (
 	pingAnswer                       // req, result
 	sendCall                         // a call-me-maybe with this node's endpoints, over the relay
 	setRoute                         // to, until: data goes straight to the address; invalid: by the relay
+	doubt                            // until: data goes by the relay as well
 )
 
 // action is what a machine wants done.

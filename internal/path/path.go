@@ -161,14 +161,16 @@ type Peer struct {
 	since   atomic.Int64 // unix ns, of used
 	rtt     atomic.Int64 // ns
 
-	route   atomic.Pointer[route] // nil: by relay
-	pinged  atomic.Pointer[route] // where it last pinged from, for a while
-	told    atomic.Int64          // when the owner was last told of traffic, since Manager.start
-	heardAt atomic.Int64          // when the path in use last showed life, since Manager.start
-	flags   atomic.Uint32         // what the owner has not yet looked at
-	active  atomic.Bool           // it has a machine
-	why     atomic.Uint32         // why there is no direct path
-	sibling *Peer                 // guarded by Manager.mu
+	route     atomic.Pointer[route] // nil: by relay
+	pinged    atomic.Pointer[route] // where it last pinged from, for a while
+	told      atomic.Int64          // when the owner was last told of traffic, since Manager.start
+	heardAt   atomic.Int64          // when the path in use last showed life, since Manager.start
+	doubt     atomic.Int64          // until when data goes by the relay as well, since Manager.start
+	flags     atomic.Uint32         // what the owner has not yet looked at
+	active    atomic.Bool           // it has a machine
+	relayedAt atomic.Int64          // when data by a relay last raised a doubt, since Manager.start
+	why       atomic.Uint32         // why there is no direct path
+	sibling   *Peer                 // guarded by Manager.mu
 }
 
 // goneBit marks a home region whose relay said that the peer is not there.
@@ -298,10 +300,13 @@ func (p *Peer) Send(b []byte, seg int) error {
 	}
 	tried := false
 	if m.cfg.UDP != nil {
-		if p.sendDirect(b, seg) {
+		var sure bool
+		if tried, sure = p.sendDirect(b, seg); sure {
 			return nil
 		}
-		tried = p.sendHandshake(b, seg)
+		if !tried {
+			tried = p.sendHandshake(b, seg)
+		}
 	}
 	r := p.region()
 	if r == 0 {
@@ -314,7 +319,10 @@ func (p *Peer) Send(b []byte, seg int) error {
 		p.used.Store(r)
 		p.since.Store(time.Now().UnixNano())
 	}
-	return m.cfg.Relay.Send(int(r), p.key, b, seg)
+	if err := m.cfg.Relay.Send(int(r), p.key, b, seg); err != nil && !tried {
+		return err
+	}
+	return nil
 }
 
 // region returns the relay region by which to reach the peer, 0 for none: its home if that is
@@ -408,6 +416,9 @@ func (m *Manager) FromRelay(region int, src key.NodePublic, b []byte) {
 	if isDisco {
 		m.discoIn(s, p, b)
 		return
+	}
+	if p != nil && m.cfg.UDP != nil {
+		p.heardByRelay()
 	}
 	m.sink(region).WireGuard(s, p, b)
 }

@@ -42,6 +42,7 @@ const (
 	flagTraffic uint32 = 1 << iota
 	flagInfo           // control said something new of it, or it was removed
 	flagFailed         // a socket refused to send to it
+	flagRelayed        // its data comes by a relay although there is a direct path
 )
 
 // todo is what the owner is to look at; the rest of the Manager puts it there without waiting.
@@ -85,21 +86,45 @@ func (p *Peer) direct() *route {
 	return nil
 }
 
-// sendDirect sends by the direct path if there is one, and reports whether it did.
-func (p *Peer) sendDirect(b []byte, seg int) bool {
+// sendDirect sends by the direct path if there is one, and reports whether it did and whether that will do.
+func (p *Peer) sendDirect(b []byte, seg int) (sent, sure bool) {
 	now := p.m.now()
 	if told := p.told.Load(); (now-told >= int64(tellEvery) || told == 0) && p.told.CompareAndSwap(told, max(now, 1)) && !p.info.Load().WireGuardOnly {
 		p.tell(flagTraffic)
 	}
 	rt := p.route.Load()
 	if rt == nil || now >= rt.until {
-		return false
+		return false, false
 	}
 	if p.m.cfg.UDP.Send(rt.addr, b, seg) != nil {
 		p.tell(flagFailed)
-		return false
+		return false, false
 	}
-	return true
+	return true, now >= p.doubt.Load()
+}
+
+const (
+	// relayedAfter is how old a direct path must be for data by the relay to mean anything: some was under way.
+	relayedAfter = 100 * time.Millisecond
+	// relayedEvery is how often it may raise a doubt.
+	relayedEvery = 2 * time.Second
+)
+
+// heardByRelay says that data of the peer came by a relay.
+func (p *Peer) heardByRelay() {
+	rt := p.route.Load()
+	if rt == nil || p.info.Load().WireGuardOnly {
+		return
+	}
+	now := p.m.now()
+	last := p.relayedAt.Load()
+	if now >= rt.until || now-int64(rt.since.Sub(p.m.start)) < int64(relayedAfter) || last != 0 && now-last < int64(relayedEvery) {
+		return
+	}
+	if p.relayedAt.CompareAndSwap(last, now) {
+		p.doubt.Store(now + int64(suspectWait)) // at once, for the answer to this packet
+		p.tell(flagRelayed)
+	}
 }
 
 // pingedFor is how long handshake messages go to where a ping came from.
