@@ -47,7 +47,7 @@ type router struct {
 	location          string
 	urlBase           string
 	upnpErrors        []int // of Add…, one after the other
-	description, soap string
+	description string
 	raw               string // whole answer to any HTTP request, if not ""
 
 	log   []string
