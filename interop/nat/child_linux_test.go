@@ -384,6 +384,9 @@ func (c *child) await(ctx context.Context, a probeArgs) (r probeResult, err erro
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
+		if time.Since(began) > 2*time.Second {
+			tick.Reset(100 * time.Millisecond)
+		}
 		if r.Path, err = c.path(ctx, a.IP); err != nil {
 			return r, err
 		}

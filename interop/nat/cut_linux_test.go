@@ -22,13 +22,15 @@ type fault struct {
 }
 
 const (
-	cutFor   = 2500 * time.Millisecond
-	darkFor  = 1500 * time.Millisecond
-	settle   = 2 * time.Second
-	rateOfIt = 2 << 20 // bytes a second
-	// stallMax bounds a stall, with a peer of upstream's, which gives a path up after 6.5 s, stallMaxUpstream.
-	stallMax         = 10 * time.Second
-	stallMaxUpstream = 20 * time.Second
+	cutFor  = 2500 * time.Millisecond
+	darkFor = 1500 * time.Millisecond
+	settle  = 2 * time.Second
+	// backWithin bounds the time until a path is direct again.
+	backWithin = 10 * time.Second
+	rateOfIt   = 2 << 20 // bytes a second
+	// stallMax bounds a stall between nodes of ours. Upstream's gives a path up 6.5 s after the last pong, until when its
+	// side of the transfer is lost, and TCP's pauses have grown by then: its stalls are told and not judged.
+	stallMax = 5 * time.Second
 )
 
 var cuts = []fault{
@@ -110,6 +112,7 @@ func testFaults(t *testing.T, faults []fault, rounds int) {
 }
 
 func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver string, faults []fault, rounds int) {
+	ours := sender == "ours" && receiver == "ours"
 	home := kind{name: "cone", v4: true, nat: cone}
 	name := sender + "-" + receiver
 	a, err := l.node(ctx, l.newSite(home), sender, name+"-a")
@@ -131,7 +134,7 @@ func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver st
 	awaitDirect := func() error {
 		for _, p := range [][2]*proc{{a, b}, {b, a}} {
 			var r probeResult
-			if err := p[0].call(ctx, "await", probeArgs{p[1].up.IP4, 20 * time.Second}, &r); err != nil {
+			if err := p[0].call(ctx, "await", probeArgs{p[1].up.IP4, backWithin}, &r); err != nil {
 				return err
 			}
 			if r.Direct.IsZero() {
@@ -163,7 +166,9 @@ func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver st
 		f.do(a, b, i)
 		e.mended = time.Now()
 		<-time.After(settle) // a broken path is believed in for a moment
-		if err := awaitDirect(); err != nil {
+		// A moved node that keeps its port finds its old one taken in the NAT, and another per destination: there need
+		// not be a direct path for upstream's.
+		if err := awaitDirect(); err != nil && ours {
 			t.Errorf("after round %d, %s: %v", i, f.name, err)
 		}
 		<-time.After(settle / 2)
@@ -183,10 +188,6 @@ func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver st
 		}
 	}
 
-	limit := stallMax
-	if sender == "upstream" || receiver == "upstream" {
-		limit = stallMaxUpstream
-	}
 	longest := map[string]time.Duration{}
 	for i, e := range events {
 		end := time.Now()
@@ -201,7 +202,7 @@ func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver st
 			list = append(list, s.For.Round(time.Millisecond).String())
 			d := s.For - e.outage
 			longest[e.name] = max(longest[e.name], d)
-			if d > limit {
+			if ours && d > stallMax {
 				t.Errorf("round %d, %s: stalled for %v", i, e.name, s.For)
 			}
 		}
