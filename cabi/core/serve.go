@@ -45,7 +45,6 @@ type session struct {
 // node is one tailnode.Server of the host.
 type node struct {
 	srv     *tailnode.Server
-	lc      *tailnode.LocalClient
 	ctx     context.Context // ends when the node is closed
 	cancel  context.CancelFunc
 	carried sync.WaitGroup // what the node carries for the host: Close waits for it
