@@ -280,7 +280,10 @@ int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
 	if (!path || !*path)
 		path = secure_getenv("TAILNODE_HELPER");
 	if (!path || !*path)
-		path = beside(buf, sizeof buf, "tailnode-helper") && access(buf, X_OK) == 0 ? buf : TAILNODE_LIBEXECDIR "/tailnode-helper";
+		path = (beside(buf, sizeof buf, "tailnode-helper") && access(buf, X_OK) == 0) ||
+		               (beside(buf, sizeof buf, "../libexec/tailnode/tailnode-helper") && access(buf, X_OK) == 0)
+		           ? buf
+		           : TAILNODE_LIBEXECDIR "/tailnode-helper";
 	int pair[2];
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		return tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: socketpair: %s", strerror(errno));

@@ -53,7 +53,7 @@ static inline tailnode_options options(const char *hostname) {
 	tailnode_options o = TAILNODE_OPTIONS_INIT;
 	const char *mode = getenv("TAILNODE_TEST_MODE");
 	o.hostname = hostname;
-	o.flags = TAILNODE_STATE_MEMORY;
+	o.flags = TAILNODE_STATE_MEMORY | TAILNODE_EPHEMERAL;
 	o.mode = mode && !strcmp(mode, "isolated") ? TAILNODE_ISOLATED : TAILNODE_IN_PROCESS;
 	return o;
 }

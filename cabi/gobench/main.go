@@ -1,0 +1,113 @@
+//go:build linux
+
+// Command gobench measures in Go, without the C library, what test/bench.c measures through it.
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/tailnode/tailnode"
+)
+
+func check[T any](v T, err error) T {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "gobench:", err)
+		os.Exit(1)
+	}
+	return v
+}
+
+func up(name string) *tailnode.Server {
+	s := &tailnode.Server{Hostname: name, Store: tailnode.NewMemoryStore(), Ephemeral: true, UserLogf: func(string, ...any) {}}
+	check(s.Up(context.Background()))
+	return s
+}
+
+func main() {
+	total := 512 << 20
+	if len(os.Args) > 1 {
+		total = check(strconv.Atoi(os.Args[1])) << 20
+	}
+	a := up("gobencha")
+	dial := func(addr string) net.Conn { return check(a.Dial(context.Background(), "tcp", addr)) }
+	buf := make([]byte, 256<<10)
+
+	c := dial("gopeer:9")
+	check(c.Write(buf))
+	t := time.Now()
+	for left := total; left > 0; left -= len(buf) {
+		check(c.Write(buf))
+	}
+	c.(interface{ CloseWrite() error }).CloseWrite()
+	check(io.ReadFull(c, buf[:8]))
+	send := float64(total) * 8e-9 / time.Since(t).Seconds()
+	c.Close()
+
+	c = dial("gopeer:19")
+	t = time.Now()
+	check(c.Write(binary.BigEndian.AppendUint64(nil, uint64(total))))
+	got := 0
+	for {
+		n, err := c.Read(buf)
+		got += n
+		if err != nil {
+			break
+		}
+	}
+	receive := float64(got) * 8e-9 / time.Since(t).Seconds()
+	c.Close()
+
+	const rounds = 10000
+	rtt := make([]time.Duration, 0, rounds)
+	c = dial("gopeer:7")
+	for i := -1000; i < rounds; i++ {
+		t = time.Now()
+		check(c.Write([]byte("x")))
+		check(io.ReadFull(c, buf[:1]))
+		if i >= 0 {
+			rtt = append(rtt, time.Since(t))
+		}
+	}
+	c.Close()
+	slices.Sort(rtt)
+
+	b := up("gobenchb")
+	ln := check(b.Listen("tcp", ":80"))
+	c = dial("gobenchb:80")
+	c.Close()
+	c = check(ln.Accept())
+	c.Close()
+	const each = 250
+	t = time.Now()
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			one := make([]byte, 1)
+			for range each {
+				c := dial("gobenchb:80")
+				check(c.Read(one))
+				c.Close()
+			}
+		})
+	}
+	for range 8 * each {
+		c := check(ln.Accept())
+		check(c.Write([]byte("x")))
+		c.Close()
+	}
+	wg.Wait()
+	rate := 8 * each / time.Since(t).Seconds()
+	us := func(d time.Duration) float64 { return float64(d) / 1e3 }
+	fmt.Printf("Go            send %5.2f Gbit/s  receive %5.2f Gbit/s  rtt p50 %5.1f p99 %6.1f us  connections %5.0f/s\n", send, receive, us(rtt[rounds/2]), us(rtt[rounds*99/100]), rate)
+	a.Close()
+	b.Close()
+}
