@@ -38,13 +38,15 @@ func main() {
 	flag.BoolVar(&o.quick, "quick", false, "fewer and shorter rounds")
 	flag.StringVar(&o.json, "json", "", "write every value to this file")
 	flag.StringVar(&o.csv, "csv", "", "write every value to this file, one a line")
+	flag.StringVar(&o.markdown, "markdown", "", "write the table to this file")
+	flag.StringVar(&o.from, "from", "", "measure nothing and take what -json wrote to this file")
 	flag.StringVar(&o.only, "only", "", "comma-separated measurements: size, start, restart, idle, direct, relayed, close (default all)")
 	flag.StringVar(&o.without, "without", "", "a side to leave out: ours or upstream")
 	flag.StringVar(&o.profiles, "profile", "", "instead of measuring write CPU profiles of a transfer on each path to this folder")
 	flag.StringVar(&o.congestion, "congestion", "cubic,reno", "kernel TCP congestion control in the namespace, the first of these that it may have; empty: the host's")
 	host := flag.Bool("host", false, "measure on the host's network and not in a namespace")
 	flag.Parse()
-	if !*host {
+	if !*host && o.from == "" {
 		done, err := isolate(o.congestion)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
@@ -61,11 +63,18 @@ func main() {
 }
 
 type options struct {
-	quick                                          bool
-	json, csv, only, without, profiles, congestion string
+	quick                                                          bool
+	json, csv, markdown, from, only, without, profiles, congestion string
 }
 
 func run(o options) error {
+	if o.from != "" {
+		rep, err := readReport(o.from)
+		if err != nil {
+			return err
+		}
+		return rep.write(o, []*side{{name: "ours"}, {name: "upstream"}, {name: "upstream, leanest"}})
+	}
 	p := full
 	if o.quick {
 		p = quick
@@ -135,14 +144,24 @@ func run(o options) error {
 		}
 	}
 	rep.LoadAtEnd = loadAverage()
-	rep.print(os.Stdout, sides)
+	return rep.write(o, sides)
+}
+
+// write prints the table, and writes the files that are asked for.
+func (r *report) write(o options, sides []*side) error {
+	r.print(os.Stdout, sides)
 	if o.json != "" {
-		if err := rep.writeJSON(o.json); err != nil {
+		if err := r.writeJSON(o.json); err != nil {
 			return err
 		}
 	}
 	if o.csv != "" {
-		return rep.writeCSV(o.csv)
+		if err := r.writeCSV(o.csv); err != nil {
+			return err
+		}
+	}
+	if o.markdown != "" {
+		return r.writeMarkdown(o.markdown, sides)
 	}
 	return nil
 }

@@ -26,8 +26,8 @@ type plan struct {
 }
 
 var full = plan{
-	starts: 15, restarts: 5, rounds: 5, idle: 30 * time.Second, stream: 5 * time.Second, after: 60 * time.Second, trips: 5000,
-	hold: 1000, close: 15 * time.Second, patience: patience(10 * time.Minute), quiet: time.Minute,
+	starts: 11, restarts: 5, rounds: 5, idle: 15 * time.Second, stream: 4 * time.Second, after: 60 * time.Second, trips: 5000,
+	hold: 1000, close: 15 * time.Second, patience: patience(4 * time.Minute), quiet: 30 * time.Second,
 }
 
 var quick = plan{

@@ -130,6 +130,40 @@ func (r *report) print(out io.Writer, sides []*side) {
 	r.printConditions(out, sides)
 }
 
+// writeMarkdown writes the table of medians as docs/performance.md has it.
+func (r *report) writeMarkdown(name string, sides []*side) error {
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fmt.Fprintf(f, "| median (least - most) | ours | upstream | ours / upstream | better is |\n|---|---|---|---|---|\n")
+	for _, m := range r.Metrics {
+		what, ratio := m.Name, ""
+		if m.Unit != "" {
+			what += ", " + m.Unit
+		}
+		ours, theirs := m.Values["ours"], m.Values["upstream"]
+		if len(ours) > 0 && len(theirs) > 0 && median(theirs) != 0 {
+			ratio = fmt.Sprintf("%.3g", median(ours)/median(theirs))
+		}
+		fmt.Fprintf(f, "| %s | %s | %s | %s | %s |\n", what, spread(ours), spread(theirs), ratio, m.better())
+	}
+	fmt.Fprintln(f)
+	r.printConditions(f, sides)
+	return f.Close()
+}
+
+// readReport reads what writeJSON wrote.
+func readReport(name string) (*report, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	r := new(report)
+	return r, json.Unmarshal(b, r)
+}
+
 // printConditions says what the numbers were measured under.
 func (r *report) printConditions(out io.Writer, sides []*side) {
 	where := "on the host's own network"
