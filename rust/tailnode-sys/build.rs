@@ -1,0 +1,137 @@
+//! Finds libtailnode: $TAILNODE_LIB_DIR, then pkg-config, else builds it from the checkout with Go and a C compiler.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{exit, Command};
+
+fn main() {
+    for v in ["TAILNODE_LIB_DIR", "TAILNODE_LINK", "TAILNODE_NO_PKG_CONFIG", "TAILNODE_SRC", "DOCS_RS", "GO"] {
+        println!("cargo:rerun-if-env-changed={v}");
+    }
+    println!("cargo:rustc-check-cfg=cfg(tailnode_static_core)");
+    if env::var_os("DOCS_RS").is_some() {
+        return; // documentation links nothing
+    }
+    let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+    if os != "linux" {
+        fail(&format!("libtailnode is for Linux only, not for {os}."));
+    }
+    let core = env::var_os("CARGO_FEATURE_CORE").is_some();
+    if let Some(dir) = env::var_os("TAILNODE_LIB_DIR") {
+        return from_dir(Path::new(&dir), core);
+    }
+    if env::var_os("TAILNODE_NO_PKG_CONFIG").is_none() {
+        // The shared library; it finds the core beside itself at run time.
+        if pkg_config::Config::new().atleast_version("0.1").probe("tailnode").is_ok() {
+            return;
+        }
+    }
+    from_source(core);
+}
+
+/// A directory with libtailnode.a and libtailnode-core.a, or libtailnode.so.
+fn from_dir(dir: &Path, core: bool) {
+    let (client, go) = (dir.join("libtailnode.a"), dir.join("libtailnode-core.a"));
+    let shared = dir.join("libtailnode.so");
+    let dynamic = env::var("TAILNODE_LINK").is_ok_and(|v| v == "dynamic");
+    if !dynamic && client.exists() && (!core || go.exists()) {
+        println!("cargo:rerun-if-changed={}", client.display());
+        if core {
+            println!("cargo:rerun-if-changed={}", go.display());
+        }
+        link_static(dir, core);
+    } else if shared.exists() {
+        println!("cargo:rustc-link-search=native={}", dir.display());
+        println!("cargo:rustc-link-lib=dylib=tailnode");
+    } else {
+        fail(&format!(
+            "TAILNODE_LIB_DIR is {}, which holds neither {} nor libtailnode.so.",
+            dir.display(),
+            if core { "libtailnode.a with libtailnode-core.a" } else { "libtailnode.a" }
+        ));
+    }
+}
+
+fn link_static(dir: &Path, core: bool) {
+    println!("cargo:rustc-link-search=native={}", dir.display());
+    println!("cargo:rustc-link-lib=static=tailnode");
+    if core {
+        println!("cargo:rustc-link-lib=static=tailnode-core");
+        println!("cargo:rustc-cfg=tailnode_static_core");
+    }
+    for l in ["pthread", "dl", "resolv"] {
+        println!("cargo:rustc-link-lib=dylib={l}");
+    }
+}
+
+fn from_source(core: bool) {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("OUT_DIR"));
+    let root = match env::var_os("TAILNODE_SRC") {
+        Some(p) => PathBuf::from(p),
+        None => PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("CARGO_MANIFEST_DIR")).join("../.."),
+    };
+    let cabi = root.join("cabi");
+    if !cabi.join("include/tailnode.h").exists() {
+        fail(&format!("no libtailnode was found, and its source is not in {} (TAILNODE_SRC).", cabi.display()));
+    }
+    for p in ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "internal", "go.mod"] {
+        println!("cargo:rerun-if-changed={}", root.join(p).display());
+    }
+    let mut sources: Vec<PathBuf> = std::fs::read_dir(cabi.join("src"))
+        .unwrap_or_else(|e| fail(&format!("{}: {e}", cabi.join("src").display())))
+        .filter_map(|e| Some(e.ok()?.path()))
+        .filter(|p| p.extension().is_some_and(|x| x == "c"))
+        .collect();
+    sources.sort();
+    let mut cc = cc::Build::new();
+    cc.files(sources).std("gnu11").flag("-fvisibility=hidden").flag("-pthread").cargo_metadata(false);
+    cc.compile("tailnode");
+    if core {
+        build_core(&cabi, &out, &cc);
+    }
+    link_static(&out, core);
+}
+
+fn build_core(cabi: &Path, out: &Path, cc: &cc::Build) {
+    let go = env::var_os("GO").unwrap_or_else(|| "go".into());
+    if !Command::new(&go).arg("version").output().is_ok_and(|o| o.status.success()) {
+        fail(
+            "no libtailnode was found, and Go, which builds it, is not installed (it was looked for as $GO, then `go`).\n\
+             Do one of these:\n\
+             - install Go 1.26 or newer: https://go.dev/dl/\n\
+             - build the library elsewhere (`make -C cabi`) and set TAILNODE_LIB_DIR to its directory\n\
+             - install it (`make -C cabi install`), so that pkg-config finds `tailnode`\n\
+             - do without the core in this program: default-features = false, and isolated mode",
+        );
+    }
+    let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
+    let goarch = match arch.as_str() {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" => "386",
+        "arm" => "arm",
+        "riscv64" => "riscv64",
+        _ => fail(&format!("the Go core is not built for {arch} here; build it and set TAILNODE_LIB_DIR.")),
+    };
+    let lib = out.join("libtailnode-core.a");
+    let status = Command::new(&go)
+        .args(["build", "-trimpath", "-ldflags=-s -w", "-buildmode=c-archive", "-o"])
+        .arg(&lib)
+        .arg(".")
+        .current_dir(cabi)
+        .env("CGO_ENABLED", "1")
+        .env("GOOS", "linux")
+        .env("GOARCH", goarch)
+        .env("CC", cc.get_compiler().path())
+        .status();
+    match status {
+        Ok(s) if s.success() => {}
+        Ok(s) => fail(&format!("`go build` of the core in {} failed ({s}); its words are above.", cabi.display())),
+        Err(e) => fail(&format!("`go build` cannot be run: {e}")),
+    }
+}
+
+fn fail(why: &str) -> ! {
+    eprintln!("\ntailnode-sys: {why}\n");
+    exit(1)
+}

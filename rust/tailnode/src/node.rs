@@ -1,0 +1,487 @@
+use std::ffi::{c_int, CString};
+use std::fmt::{self, Display};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tailnode_sys as sys;
+
+use crate::error::{Error, ErrorKind, Raw, Result};
+use crate::net::{TcpListener, TcpStream, UdpSocket};
+use crate::op::{self, c_string, Outcome};
+use crate::types::{PingResult, PingType, Status, WhoIs};
+use crate::watch::Watch;
+
+/// The least severe lines that a node logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogLevel {
+    /// Everything.
+    Debug,
+    /// What happens in the normal course.
+    Info,
+    /// What may need attention.
+    Warn,
+    /// What failed.
+    Error,
+}
+
+/// What a node is to be. It comes from [`Node::builder`].
+#[must_use = "a builder does nothing until `up` or `start`"]
+pub struct Builder {
+    text: [Option<Vec<u8>>; 7],
+    mode: u32,
+    flags: u32,
+    port: u16,
+    log: Option<(OwnedFd, LogLevel)>,
+    memory_limit: i64,
+    gc_percent: i32,
+    max_procs: i32,
+    up_timeout: Option<Duration>,
+}
+
+const DIR: usize = 0;
+const HOSTNAME: usize = 1;
+const AUTH_KEY: usize = 2;
+const CONTROL_URL: usize = 3;
+const TAGS: usize = 4;
+const ROOT_CA_PEM: usize = 5;
+const HELPER: usize = 6;
+const TEXT_NAMES: [&str; 7] = ["dir", "hostname", "auth_key", "control_url", "tags", "root_ca_pem", "helper"];
+
+impl Builder {
+    fn text(mut self, which: usize, value: impl Into<Vec<u8>>) -> Builder {
+        self.text[which] = Some(value.into());
+        self
+    }
+
+    fn flag(mut self, flag: u32, on: bool) -> Builder {
+        self.flags = if on { self.flags | flag } else { self.flags & !flag };
+        self
+    }
+
+    /// The directory of the state, made if need be (0700) and locked. Default: `tailnode-PROGRAM` in the user's configuration.
+    pub fn dir(self, dir: impl AsRef<Path>) -> Builder {
+        self.text(DIR, dir.as_ref().as_os_str().as_bytes())
+    }
+
+    /// Keeps the state in memory: the node is a new one in every process.
+    pub fn state_in_memory(self) -> Builder {
+        self.flag(sys::TAILNODE_STATE_MEMORY, true)
+    }
+
+    /// The name to ask for. Default: the program's.
+    pub fn hostname(self, name: impl Into<String>) -> Builder {
+        self.text(HOSTNAME, name.into())
+    }
+
+    /// The auth key. Default: `$TS_AUTHKEY`, `$TS_AUTH_KEY`, then interactive login.
+    pub fn auth_key(self, key: impl Into<String>) -> Builder {
+        self.text(AUTH_KEY, key.into())
+    }
+
+    /// The control server. Default: `$TS_CONTROL_URL`, then Tailscale's.
+    pub fn control_url(self, url: impl Into<String>) -> Builder {
+        self.text(CONTROL_URL, url.into())
+    }
+
+    /// The tags to ask for, such as `tag:web`.
+    pub fn tags<S: AsRef<str>>(self, tags: impl IntoIterator<Item = S>) -> Builder {
+        let all: Vec<String> = tags.into_iter().map(|t| t.as_ref().to_owned()).collect();
+        self.text(TAGS, all.join(","))
+    }
+
+    /// Certificates, as PEM, that control and the relays are verified with instead of the system's.
+    pub fn root_ca_pem(self, pem: impl Into<Vec<u8>>) -> Builder {
+        self.text(ROOT_CA_PEM, pem)
+    }
+
+    /// The node leaves the tailnet when it is closed or gone.
+    pub fn ephemeral(self, yes: bool) -> Builder {
+        self.flag(sys::TAILNODE_EPHEMERAL, yes)
+    }
+
+    /// Runs the node in a helper process, which the library starts and ends. All else stays the same.
+    pub fn isolated(mut self, yes: bool) -> Builder {
+        self.mode = if yes { sys::TAILNODE_ISOLATED } else { sys::TAILNODE_IN_PROCESS };
+        self
+    }
+
+    /// The helper program of isolated mode. Default: `$TAILNODE_HELPER`, then `tailnode-helper` beside the library or the program,
+    /// then where it was installed.
+    pub fn helper(self, path: impl AsRef<Path>) -> Builder {
+        self.text(HELPER, path.as_ref().as_os_str().as_bytes())
+    }
+
+    /// In isolated mode, the next call after the helper died starts another one, with the same identity.
+    pub fn restart(self, yes: bool) -> Builder {
+        self.flag(sys::TAILNODE_RESTART, yes)
+    }
+
+    /// The UDP port for direct traffic. Default: the system chooses.
+    pub fn port(mut self, port: u16) -> Builder {
+        self.port = port;
+        self
+    }
+
+    /// Where the node logs to, as lines of text. A line that would block is dropped. Default: silent.
+    pub fn log(mut self, to: impl Into<OwnedFd>, level: LogLevel) -> Builder {
+        self.log = Some((to.into(), level));
+        self
+    }
+
+    /// A soft limit, in bytes, on the memory of the Go runtime; in process, for all nodes of the process.
+    pub fn memory_limit(mut self, bytes: u64) -> Builder {
+        self.memory_limit = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self
+    }
+
+    /// How much Go's heap may grow, in percent, before the next collection; -1: only the memory limit counts.
+    pub fn gc_percent(mut self, percent: i32) -> Builder {
+        self.gc_percent = percent;
+        self
+    }
+
+    /// How many threads may run Go code at a time.
+    pub fn max_procs(mut self, n: i32) -> Builder {
+        self.max_procs = n;
+        self
+    }
+
+    /// How long [`up`](Builder::up) waits at most. Default: as long as it takes.
+    pub fn up_timeout(mut self, limit: Duration) -> Builder {
+        self.up_timeout = Some(limit);
+        self
+    }
+
+    /// Makes the node and waits until it is on the tailnet. The first node of a process starts the Go runtime, on
+    /// a thread that is made for it.
+    ///
+    /// # Errors
+    ///
+    /// Control's own words, at once, if it refuses the node ([`ErrorKind::AuthRefused`]); [`ErrorKind::NeedsLogin`] and
+    /// [`ErrorKind::NeedsApproval`] if somebody must act first; [`ErrorKind::Timeout`]; the errors of the state and of the arguments.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the node.
+    pub async fn up(self) -> Result<Node> {
+        let limit = self.up_timeout;
+        let node = self.start().await?;
+        node.up(limit).await?;
+        Ok(node)
+    }
+
+    /// Makes the node without waiting for the network. It connects when a call needs it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`]; [`ErrorKind::Unsupported`] if the core or the helper cannot be loaded.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the node.
+    pub async fn start(self) -> Result<Node> {
+        op::on_thread(move || self.make()).await
+    }
+
+    fn make(self) -> Result<Node> {
+        sys::use_linked_core();
+        let mut text: [Option<CString>; 7] = Default::default();
+        for (i, t) in self.text.into_iter().enumerate() {
+            text[i] = t.map(|t| c_string(TEXT_NAMES[i], t)).transpose()?;
+        }
+        let ptr = |i: usize| text[i].as_ref().map_or(std::ptr::null(), |t| t.as_ptr());
+        let options = sys::tailnode_options {
+            size: size_of::<sys::tailnode_options>(),
+            mode: self.mode,
+            flags: self.flags,
+            dir: ptr(DIR),
+            hostname: ptr(HOSTNAME),
+            auth_key: ptr(AUTH_KEY),
+            control_url: ptr(CONTROL_URL),
+            tags: ptr(TAGS),
+            root_ca_pem: ptr(ROOT_CA_PEM),
+            helper_path: ptr(HELPER),
+            port: self.port.into(),
+            log_level: match self.log.as_ref().map(|l| l.1) {
+                Some(LogLevel::Debug) => sys::TAILNODE_LOG_DEBUG,
+                Some(LogLevel::Warn) => sys::TAILNODE_LOG_WARN,
+                Some(LogLevel::Error) => sys::TAILNODE_LOG_ERROR,
+                Some(LogLevel::Info) | None => sys::TAILNODE_LOG_INFO,
+            },
+            log_fd: self.log.as_ref().map_or(0, |l| l.0.as_raw_fd()),
+            log: None,
+            auth_url: None,
+            user: std::ptr::null_mut(),
+            memory_limit: self.memory_limit,
+            gc_percent: self.gc_percent,
+            max_procs: self.max_procs,
+        };
+        let mut node = sys::tailnode_node { id: 0 };
+        let mut err = Raw::new();
+        // Safety: the library copies what the options point to, which lives until after the call.
+        let code = unsafe { sys::tailnode_new(&options, &mut node, err.as_mut()) };
+        err.check(code)?;
+        Ok(Node(Arc::new(Handle(node))))
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder").finish_non_exhaustive() // there is a secret in it
+    }
+}
+
+struct Handle(sys::tailnode_node);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let mut op = sys::tailnode_op { id: 0 };
+        // Safety: a handle that is closed gives a code. Giving the operation up does not stop the closing.
+        unsafe {
+            if sys::tailnode_close_start(self.0, &mut op, std::ptr::null_mut()) == sys::TAILNODE_OK {
+                sys::tailnode_op_cancel(op);
+            }
+        }
+    }
+}
+
+/// A node of a tailnet in this program.
+///
+/// A clone is another handle to the same node, which runs until [`close`](Node::close), or until the last clone is dropped: its listeners
+/// and connections end then, too. Dropping does not wait.
+///
+/// Futures of this type need a Tokio runtime with I/O enabled, and panic outside of one. They wait by descriptor: no call here
+/// blocks a thread of the runtime.
+#[derive(Clone)]
+pub struct Node(Arc<Handle>);
+
+fn millis(limit: Option<Duration>) -> i64 {
+    limit.map_or(sys::TAILNODE_FOREVER, |d| i64::try_from(d.as_millis()).unwrap_or(sys::TAILNODE_FOREVER))
+}
+
+impl Node {
+    /// What a node is to be.
+    pub fn builder() -> Builder {
+        Builder {
+            text: Default::default(),
+            mode: sys::TAILNODE_IN_PROCESS,
+            flags: 0,
+            port: 0,
+            log: None,
+            memory_limit: 0,
+            gc_percent: 0,
+            max_procs: 0,
+            up_timeout: None,
+        }
+    }
+
+    pub(crate) fn raw(&self) -> sys::tailnode_node {
+        self.0 .0
+    }
+
+    /// Waits until the node is on the tailnet, at most `limit`. A time-out does not stop the node.
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::up`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: the node goes on connecting.
+    pub async fn up(&self, limit: Option<Duration>) -> Result<()> {
+        let node = self.raw();
+        // Safety (of this and what follows): the library checks the handle, and writes to op and err during the call only.
+        op::run(|op, err| unsafe { sys::tailnode_up_start(node, millis(limit), op, err) }).await.map(drop)
+    }
+
+    /// Takes the node off the tailnet and waits until nothing of it runs any more. Its waiting calls, its listeners and its connections end.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`] if it was closed before; what went wrong while closing.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, the node closes, whether the future is dropped or not.
+    pub async fn close(&self) -> Result<()> {
+        let node = self.raw();
+        op::run(|op, err| unsafe { sys::tailnode_close_start(node, op, err) }).await.map(drop)
+    }
+
+    /// The node's state and, if `peers`, all of its peers.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`]; [`ErrorKind::CoreLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    pub async fn status(&self, peers: bool) -> Result<Status> {
+        self.status_json(peers).await?.json()
+    }
+
+    async fn status_json(&self, peers: bool) -> Result<Outcome> {
+        let node = self.raw();
+        op::run(|op, err| unsafe { sys::tailnode_status_start(node, peers.into(), op, err) }).await
+    }
+
+    /// The node's addresses on the tailnet; `None` before it has any.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`]; [`ErrorKind::CoreLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    pub async fn addresses(&self) -> Result<(Option<Ipv4Addr>, Option<Ipv6Addr>)> {
+        let node = self.raw();
+        let got = op::run(|op, err| unsafe { sys::tailnode_addresses_start(node, op, err) }).await?;
+        let v4 = got.local.and_then(|a| if let IpAddr::V4(ip) = a.ip() { Some(ip) } else { None });
+        let v6 = got.remote.and_then(|a| if let IpAddr::V6(ip) = a.ip() { Some(ip) } else { None });
+        Ok((v4, v6))
+    }
+
+    /// Who has an address: an `IpAddr`, or the `SocketAddr` of a connection's peer.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] if no peer has it.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    pub async fn whois(&self, addr: impl Display) -> Result<WhoIs> {
+        let (node, addr) = (self.raw(), c_string("the address", addr.to_string())?);
+        op::run(move |op, err| unsafe { sys::tailnode_whois_start(node, addr.as_ptr(), sys::TAILNODE_FOREVER, op, err) }).await?.json()
+    }
+
+    /// Pings the node that has an address, and waits for its answer as long as it takes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unreachable`] if no node has it.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: dropping the future ends the ping.
+    pub async fn ping(&self, ip: IpAddr, kind: PingType) -> Result<PingResult> {
+        let (node, ip) = (self.raw(), c_string("the address", ip.to_string())?);
+        op::run(move |op, err| unsafe { sys::tailnode_ping_start(node, ip.as_ptr(), kind.as_c().as_ptr(), sys::TAILNODE_FOREVER, op, err) })
+            .await?
+            .json()
+    }
+
+    /// Listens for TCP connections on an address such as `":80"`, or a `SocketAddr`; port 0 chooses one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AddressInUse`]; [`ErrorKind::InvalidArgument`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: dropping the future leaves no listener.
+    pub async fn listen(&self, addr: impl Display) -> Result<TcpListener> {
+        let mut got = self.socket(sys::tailnode_listen_start, c"tcp", addr).await?;
+        TcpListener::new(got.fd()?, address(got.local)?)
+    }
+
+    /// Connects to `host:port` on the tailnet, where host is an address or a MagicDNS name, full or short; or to a `SocketAddr`. It never leaves the
+    /// tailnet. It waits as long as it takes: `tokio::time::timeout` limits it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NoSuchHost`], [`ErrorKind::NotTailnet`], [`ErrorKind::Unreachable`], [`ErrorKind::Refused`], and the like.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: dropping the future gives the connection up, wherever it is.
+    pub async fn dial(&self, addr: impl Display) -> Result<TcpStream> {
+        let mut got = self.socket(dial_start, c"tcp", addr).await?;
+        TcpStream::new(got.fd()?, address(got.local)?, address(got.remote)?).map_err(|e| Error::from_io("dial", e))
+    }
+
+    /// A UDP socket on an address such as `":53"`, or a `SocketAddr`, for datagrams from and to any peer.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AddressInUse`]; [`ErrorKind::InvalidArgument`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: dropping the future leaves no socket.
+    pub async fn listen_udp(&self, addr: impl Display) -> Result<UdpSocket> {
+        let mut got = self.socket(sys::tailnode_listen_packet_start, c"udp", addr).await?;
+        UdpSocket::new(got.fd()?, address(got.local)?, None)
+    }
+
+    /// A UDP socket that is connected to `host:port` on the tailnet.
+    ///
+    /// # Errors
+    ///
+    /// As [`dial`](Node::dial).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: dropping the future leaves no socket.
+    pub async fn dial_udp(&self, addr: impl Display) -> Result<UdpSocket> {
+        let mut got = self.socket(dial_start, c"udp", addr).await?;
+        UdpSocket::new(got.fd()?, address(got.local)?, Some(address(got.remote)?))
+    }
+
+    async fn socket(&self, start: SocketStart, network: &'static std::ffi::CStr, addr: impl Display) -> Result<Outcome> {
+        let (node, addr) = (self.raw(), c_string("the address", addr.to_string())?);
+        op::run(move |op, err| unsafe { start(node, network.as_ptr(), addr.as_ptr(), sys::TAILNODE_NONBLOCK, op, err) }).await
+    }
+
+    /// The changes of the node's state and netmap, from its present state on. It starts the node if need be.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`]; [`ErrorKind::CoreLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    pub async fn watch(&self) -> Result<Watch> {
+        let node = self.raw();
+        let mut got = op::run(|op, err| unsafe { sys::tailnode_watch_start(node, sys::TAILNODE_NONBLOCK, op, err) }).await?;
+        Watch::new(got.fd()?)
+    }
+}
+
+type SocketStart = unsafe extern "C" fn(
+    sys::tailnode_node,
+    *const std::ffi::c_char,
+    *const std::ffi::c_char,
+    u32,
+    *mut sys::tailnode_op,
+    *mut sys::tailnode_error,
+) -> c_int;
+
+unsafe extern "C" fn dial_start(
+    node: sys::tailnode_node,
+    network: *const std::ffi::c_char,
+    addr: *const std::ffi::c_char,
+    flags: u32,
+    op: *mut sys::tailnode_op,
+    err: *mut sys::tailnode_error,
+) -> c_int {
+    // Safety: the caller's.
+    unsafe { sys::tailnode_dial_start(node, network, addr, flags, sys::TAILNODE_FOREVER, op, err) }
+}
+
+fn address(a: Option<SocketAddr>) -> Result<SocketAddr> {
+    a.ok_or_else(|| Error::new(ErrorKind::Internal, "tailnode: the core gave no address"))
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Node").field(&self.raw().id).finish()
+    }
+}
