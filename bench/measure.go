@@ -31,8 +31,8 @@ var full = plan{
 }
 
 var quick = plan{
-	starts: 3, restarts: 1, rounds: 2, idle: 8 * time.Second, stream: 2 * time.Second, after: 4 * time.Second, trips: 2000,
-	hold: 1000, close: 4 * time.Second, patience: patience(15 * time.Second), quiet: 3 * time.Second,
+	starts: 2, restarts: 1, rounds: 2, idle: 4 * time.Second, stream: 2 * time.Second, after: 4 * time.Second, trips: 2000,
+	hold: 1000, close: 4 * time.Second, patience: patience(5 * time.Second), quiet: 2 * time.Second,
 }
 
 // A measurement measures one side once.
