@@ -89,11 +89,12 @@ func TestPairs(t *testing.T) {
 	began := time.Now()
 	made := inParallel(t, 2*atOnce)
 	for _, g := range groups {
-		nodes[g] = make([]*proc, len(ks))
+		row := make([]*proc, len(ks))
+		nodes[g] = row
 		for i, k := range ks {
 			made.run(func() error {
 				n, err := l.node(ctx, l.newSite(k), g[2:], g+"-"+k.name)
-				nodes[g][i] = n
+				row[i] = n
 				return err
 			})
 		}
