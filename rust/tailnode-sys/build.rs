@@ -77,6 +77,11 @@ fn from_source(core: bool) {
     for p in ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "internal", "go.mod"] {
         println!("cargo:rerun-if-changed={}", root.join(p).display());
     }
+    for e in std::fs::read_dir(&root).into_iter().flatten().flatten() {
+        if e.path().extension().is_some_and(|x| x == "go") {
+            println!("cargo:rerun-if-changed={}", e.path().display());
+        }
+    }
     let mut sources: Vec<PathBuf> = std::fs::read_dir(cabi.join("src"))
         .unwrap_or_else(|e| fail(&format!("{}: {e}", cabi.join("src").display())))
         .filter_map(|e| Some(e.ok()?.path()))

@@ -412,3 +412,41 @@ async fn runtime_of_the_core() {
     })
     .await;
 }
+
+/// std::process forks and execs while data flows: the children get none of our descriptors, and not a byte is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn fork_and_exec_during_a_transfer() {
+    const LEN: usize = 32 << 20;
+    within(async {
+        let a = up("rfork").await;
+        let (mut r, mut w) = a.dial("gopeer:7").await.unwrap().into_split();
+        let sender = tokio::spawn(async move {
+            let buf: Vec<u8> = (0..64 << 10).map(|i| (i % 251) as u8).collect();
+            for _ in 0..LEN / buf.len() {
+                w.write_all(&buf).await.unwrap();
+            }
+        });
+        let children = std::thread::spawn(|| {
+            for _ in 0..20 {
+                let out = std::process::Command::new("ls").args(["-l", "/proc/self/fd"]).output().unwrap();
+                let text = String::from_utf8(out.stdout).unwrap();
+                assert!(out.status.success() && !text.contains("socket:"), "{text}");
+            }
+        });
+        let (mut got, mut buf) = (0, vec![0; 64 << 10]);
+        loop {
+            let n = r.read(&mut buf).await.unwrap();
+            if n == 0 {
+                break;
+            }
+            assert!(buf[..n].iter().enumerate().all(|(i, b)| *b == ((got + i) % (64 << 10) % 251) as u8));
+            got += n;
+        }
+        assert_eq!(got, LEN);
+        sender.await.unwrap();
+        children.join().unwrap();
+        drop(r);
+        a.close().await.unwrap();
+    })
+    .await;
+}

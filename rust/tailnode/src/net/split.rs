@@ -132,7 +132,7 @@ macro_rules! write_half {
                 let result = self.stream().shutdown_write();
                 if result.is_ok() {
                     let $this = self.get_mut();
-                    $done;
+                    $done
                 }
                 Poll::Ready(result)
             }
@@ -175,8 +175,10 @@ both!(OwnedReadHalf, |this| &this.0);
 both!(OwnedWriteHalf, |this| &this.inner);
 read_half!(ReadHalf<'_>);
 read_half!(OwnedReadHalf);
-write_half!(WriteHalf<'_>, |_this| ());
-write_half!(OwnedWriteHalf, |this| this.shutdown_on_drop = false);
+write_half!(WriteHalf<'_>, |_this| {});
+write_half!(OwnedWriteHalf, |this| {
+    this.shutdown_on_drop = false;
+});
 
 impl OwnedReadHalf {
     /// Puts the halves together again.
