@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/tailnode/tailnode/internal/disco"
+	"github.com/tailnode/tailnode/internal/key"
 )
 
 var doubtAddr = netip.MustParseAddrPort("192.0.2.1:7")
@@ -149,9 +150,12 @@ func (u *countingUDP) Ports() (v4, v6 uint16)                 { return 7, 0 }
 
 // TestDoubtSendsBoth: while a path is in doubt data goes both ways, and a relay's failure then does not count.
 func TestDoubtSendsBoth(t *testing.T) {
-	m, r, _ := newManager(t)
-	u := &countingUDP{}
-	m.cfg.UDP = u
+	r, u := &fakeRelay{}, &countingUDP{}
+	m, err := New(Config{NodeKey: key.NewNode().Public(), DiscoKey: key.NewDisco(), Relay: r, UDP: u, NewSink: func() Sink { return &nullSink{} }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
 	p := &Peer{m: m}
 	p.info.Store(&PeerInfo{})
 	p.told.Store(m.now() + int64(time.Hour)) // the owner need not hear of this
