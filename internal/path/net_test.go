@@ -401,6 +401,8 @@ func TestManyIdlePeers(t *testing.T) {
 		if w.datagram != before {
 			t.Errorf("%d datagrams", w.datagram-before)
 		}
+		a.m.todo.mu.Lock()
+		defer a.m.todo.mu.Unlock()
 		if n := len(a.m.todo.peers); n > 0 {
 			t.Errorf("%d peers waiting to be looked at", n)
 		}

@@ -30,25 +30,25 @@ type router struct {
 	net  *memnet.Network
 	host *memnet.Host
 
-	mu                sync.Mutex
-	pcp, pmp, upnp    bool
-	ext               netip.Addr
-	port              uint16 // given to whoever asks; 0: what is suggested
-	lifetime          uint32 // PMP and PCP
-	result            uint16 // of mapping requests
-	booted            time.Time
-	lose              int  // requests to lose
-	pmpAnswersPCP     bool // with an unsupported version
-	stray             bool // answers come from another address first, with lies
-	wrongNonce        bool
-	wrongPort         bool // in a reply's internal port
-	services          []string
-	down              map[string]bool // service types that are not connected
-	location          string
-	urlBase           string
-	upnpErrors        []int // of Add…, one after the other
-	description string
-	raw               string // whole answer to any HTTP request, if not ""
+	mu             sync.Mutex
+	pcp, pmp, upnp bool
+	ext            netip.Addr
+	port           uint16 // given to whoever asks; 0: what is suggested
+	lifetime       uint32 // PMP and PCP
+	result         uint16 // of mapping requests
+	booted         time.Time
+	lose           int  // requests to lose
+	pmpAnswersPCP  bool // with an unsupported version
+	stray          bool // answers come from another address first, with lies
+	wrongNonce     bool
+	wrongPort      bool // in a reply's internal port
+	services       []string
+	down           map[string]bool // service types that are not connected
+	location       string
+	urlBase        string
+	upnpErrors     []int // of Add…, one after the other
+	description    string
+	raw            string // whole answer to any HTTP request, if not ""
 
 	log   []string
 	stop  []func() error

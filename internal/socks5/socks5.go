@@ -174,7 +174,9 @@ func readRequest(r io.Reader) (addr string, code byte, err error) {
 		if err != nil {
 			return "", 0, err
 		}
-		host = string(name)
+		if host = string(name); !plausible(host) {
+			return "", addressUnsupported, fmt.Errorf("socks5: %q is no name", name)
+		}
 	default:
 		return "", addressUnsupported, fmt.Errorf("socks5: address type %d", typ)
 	}
@@ -185,6 +187,18 @@ func readRequest(r io.Reader) (addr string, code byte, err error) {
 		return "", commandUnsupported, fmt.Errorf("socks5: command %d", command)
 	}
 	return net.JoinHostPort(host, strconv.Itoa(int(b[0])<<8|int(b[1]))), 0, nil
+}
+
+// plausible reports whether s can be a host's name or an address as text.
+func plausible(s string) bool {
+	for _, c := range []byte(s) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_', c == '.', c == ':':
+		default:
+			return false
+		}
+	}
+	return s != ""
 }
 
 // reply is RFC 1928 §6.
