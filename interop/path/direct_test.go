@@ -214,7 +214,7 @@ func TestDirectWithUpstream(t *testing.T) {
 			}
 			var c net.Conn
 			var accept func() (net.Conn, error)
-			began := time.Now()
+			var began time.Time
 			if weDial {
 				ln, err := theirs.Listen("tcp", ":80")
 				if err != nil {
