@@ -27,15 +27,19 @@ func addrOf(a net.Addr) netip.AddrPort {
 
 // carry makes the host's descriptor for a TCP connection. c is closed if it fails.
 func (nd *node) carry(c net.Conn, nonblock bool) (int, error) {
-	nd.carried.Add(1)
-	connections.Add(1)
-	host, _, err := newStream(c, nonblock, func() { connections.Add(-1); nd.carried.Done() })
+	host, st, err := newStream(c, nonblock)
 	if err != nil {
-		connections.Add(-1)
-		nd.carried.Done()
 		c.Close()
+		return -1, err
 	}
-	return host, err
+	if !nd.hold(st) {
+		unix.Close(host)
+		st.abort()
+		return -1, errClosed
+	}
+	connections.Add(1)
+	st.run(func() { connections.Add(-1); nd.release(st) })
+	return host, nil
 }
 
 func (nd *node) dial(ctx context.Context, rq *request, rp *reply) (err error) {
@@ -66,8 +70,15 @@ func (nd *node) listen(rq *request, rp *reply) (started func(), err error) {
 		ln.Close()
 		return nil, err
 	}
+	if !nd.hold(s) {
+		unix.Close(host)
+		s.Close()
+		ln.Close()
+		return nil, errClosed
+	}
 	rp.fd, rp.local = host, addrOf(ln.Addr())
-	nd.carried.Go(func() {
+	go func() {
+		defer nd.release(s)
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			s.awaitEnd()
@@ -77,7 +88,7 @@ func (nd *node) listen(rq *request, rp *reply) (started func(), err error) {
 		ln.Close()
 		s.Close()
 		wg.Wait()
-	})
+	}()
 	return nil, nil
 }
 
@@ -175,9 +186,14 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 		p.Close()
 		return -1, err
 	}
-	nd.carried.Add(2)
-	go func() {
-		defer nd.carried.Done()
+	if !nd.hold(s) {
+		unix.Close(host)
+		s.Close()
+		p.Close()
+		return -1, errClosed
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
 		b := make([]byte, addrSize+maxDatagram)
 		for {
 			m, err := p.next(b)
@@ -190,9 +206,8 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 			}
 		}
 		s.Close()
-	}()
-	go func() {
-		defer nd.carried.Done()
+	})
+	both.Go(func() {
 		for s.readable() == nil {
 			b := datagrams.Get().(*[addrSize + maxDatagram]byte)
 			n, _, err := s.receive(b[:], nil)
@@ -205,6 +220,10 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 			}
 		}
 		p.Close()
+	})
+	go func() {
+		both.Wait()
+		nd.release(s)
 	}()
 	return host, nil
 }
@@ -226,13 +245,23 @@ func (nd *node) watch(lc *tailnode.LocalClient, rq *request, rp *reply) error {
 	if err != nil {
 		return err
 	}
+	if !nd.hold(s) {
+		unix.Close(host)
+		s.Close()
+		return errClosed
+	}
 	rp.fd = host
 	ctx, cancel := context.WithCancel(nd.ctx)
-	nd.carried.Go(func() {
+	var both sync.WaitGroup
+	both.Go(func() {
 		s.awaitEnd()
 		cancel()
 	})
-	nd.carried.Go(func() {
+	go func() {
+		both.Wait()
+		nd.release(s)
+	}()
+	both.Go(func() {
 		defer s.Close()
 		tell := func(kind, state uint32, text string) error {
 			if len(text) > eventText {

@@ -8,9 +8,11 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -44,12 +46,39 @@ type session struct {
 
 // node is one tailnode.Server of the host.
 type node struct {
-	srv     *tailnode.Server
-	ctx     context.Context // ends when the node is closed
-	cancel  context.CancelFunc
-	carried sync.WaitGroup // what the node carries for the host: Close waits for it
-	out     *sink
-	open    func() (*tailnode.LocalClient, error)
+	srv    *tailnode.Server
+	ctx    context.Context // ends when the node is closed
+	cancel context.CancelFunc
+	out    *sink
+	open   func() (*tailnode.LocalClient, error)
+
+	mu      sync.Mutex
+	closed  bool
+	held    map[ender]struct{} // what the node carries for the host
+	carried sync.WaitGroup     // the same, and goroutines beside it
+}
+
+// ender is something that a node carries for the host. abort ends it whatever the host does, and may be called at any time.
+type ender interface{ abort() }
+
+// hold takes e in, so that it ends with the node. It reports false, and e is the caller's to end, where the node is closed.
+func (nd *node) hold(e ender) bool {
+	nd.mu.Lock()
+	defer nd.mu.Unlock()
+	if nd.closed {
+		return false
+	}
+	nd.held[e] = struct{}{}
+	nd.carried.Add(1)
+	return true
+}
+
+// release is called when nothing of e runs any more.
+func (nd *node) release(e ender) {
+	nd.mu.Lock()
+	delete(nd.held, e)
+	nd.mu.Unlock()
+	nd.carried.Done()
 }
 
 // Serve takes fd over, a SOCK_SEQPACKET socket to the thin client, and serves it until the other end closes. Then it closes
@@ -151,7 +180,7 @@ func (se *session) newNode(rq *request, fds []int) {
 		setGCPercent(int(a[5]))
 	}
 	setMaxProcs(int(a[6]))
-	nd := &node{srv: srv, ctx: ctx, cancel: cancel, out: out}
+	nd := &node{srv: srv, ctx: ctx, cancel: cancel, out: out, held: map[ender]struct{}{}}
 	nd.open = func() (*tailnode.LocalClient, error) {
 		if bad != nil {
 			return nil, bad
@@ -164,8 +193,16 @@ func (se *session) newNode(rq *request, fds []int) {
 	se.mu.Unlock()
 }
 
+// close ends the node and all that it carries: the host may hold descriptors for as long as it likes, half-closed or full.
 func (nd *node) close() error {
 	nd.cancel()
+	nd.mu.Lock()
+	nd.closed = true
+	held := slices.Collect(maps.Keys(nd.held))
+	nd.mu.Unlock()
+	for _, e := range held {
+		e.abort()
+	}
 	err := nd.srv.Close()
 	nd.carried.Wait()
 	nd.out.close()
@@ -193,11 +230,16 @@ func (rq *request) waits() bool {
 	return rq.kind == kUp || rq.kind == kWhois || rq.kind == kPing || rq.kind == kDial
 }
 
+// lastWords is how long an answer may wait for room after the host has ended.
+const lastWords = 2 * time.Second
+
 // answer serves one request. The other end of to being closed cancels it.
 func (se *session) answer(rq *request, nd *node, to *sock) {
 	// A node's own end cancels its calls by Close, with CodeClosed: not by this context.
 	ctx, cancel := context.WithCancel(context.Background())
 	watched := make(chan struct{})
+	// When the host has ended, a fork of it may still hold the other end, and not read.
+	defer context.AfterFunc(se.ctx, func() { to.f.SetWriteDeadline(time.Now().Add(lastWords)) })()
 	go func() {
 		defer close(watched)
 		to.awaitEnd()

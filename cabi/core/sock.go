@@ -56,6 +56,9 @@ func newPair(typ int, nonblock bool) (host int, s *sock, err error) {
 // Close wakes every goroutine that waits for s.
 func (s *sock) Close() error { return s.f.Close() }
 
+// abort is Close.
+func (s *sock) abort() { s.f.Close() }
+
 func (s *sock) shutdown(how int) {
 	s.rc.Control(func(fd uintptr) { unix.Shutdown(int(fd), how) })
 }

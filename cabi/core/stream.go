@@ -40,8 +40,8 @@ const pieceSize = 128 << 10
 
 var pieces = sync.Pool{New: func() any { return new([pieceSize]byte) }}
 
-// newStream makes the socket for c and starts to carry. done is called when all is over. On error c is not touched.
-func newStream(c net.Conn, nonblock bool, done func()) (host int, st *stream, err error) {
+// newStream makes the socket for c. Its owner calls run or abort. On error c is not touched.
+func newStream(c net.Conn, nonblock bool) (host int, st *stream, err error) {
 	tc, ok := c.(tcpConn)
 	if !ok {
 		return -1, nil, errors.New("core: not a TCP connection")
@@ -55,7 +55,11 @@ func newStream(c net.Conn, nonblock bool, done func()) (host int, st *stream, er
 		s.Close()
 		return -1, nil, err
 	}
-	st = &stream{s: s, c: tc}
+	return host, &stream{s: s, c: tc}, nil
+}
+
+// run starts to carry. done is called when all is over.
+func (st *stream) run(done func()) {
 	st.both.Add(2)
 	go st.fromHost()
 	go st.toHost()
@@ -64,7 +68,6 @@ func newStream(c net.Conn, nonblock bool, done func()) (host int, st *stream, er
 		st.end()
 		done()
 	}()
-	return host, st, nil
 }
 
 // end closes both sides when nothing moves any more.
