@@ -6,6 +6,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/tailnode/tailnode/internal/derp"
 	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/proxy"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -51,6 +53,7 @@ type DialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
 type Options struct {
 	PrivateKey  key.NodePrivate // of the node; needed
 	Dial        DialFunc        // nil: net.Dialer
+	Proxy       proxy.Func      // which HTTP proxy a relay is reached through; nil: as the environment says
 	Roots       *x509.CertPool  // what certificates must chain to; nil: the system's
 	PlainHTTP   bool            // speak plain HTTP to every relay, port 3340 unless the map says otherwise
 	CanAckPings bool            // tell the relay that we answer its pings (we do in any case)
@@ -109,7 +112,7 @@ func dialRegion(ctx context.Context, o *Options, region *tailcfg.DERPRegion, out
 
 func dialNode(ctx context.Context, o *Options, n *tailcfg.DERPNode, timeout time.Duration, ideal string, out *outbox) (*Conn, error) {
 	t := targetOf(o, n)
-	nc, err := dialTCP(ctx, o, t, timeout)
+	nc, err := dialStream(ctx, o, t, timeout)
 	if err != nil {
 		return nil, err
 	}
@@ -175,14 +178,29 @@ func targetOf(o *Options, n *tailcfg.DERPNode) (t target) {
 	return t
 }
 
-// dialTCP races the relay's IPv4 and IPv6 addresses.
-func dialTCP(ctx context.Context, o *Options, t target, timeout time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
+// dialStream opens a stream to the relay, through a proxy where there is one: then by the relay's name, which the proxy looks up.
+func dialStream(ctx context.Context, o *Options, t target, timeout time.Duration) (net.Conn, error) {
 	dial := o.Dial
 	if dial == nil {
 		dial = (&net.Dialer{}).DialContext
 	}
+	host := cmp.Or(t.host, t.v4, t.v6)
+	p, err := o.Proxy.For(host, t.plain)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil {
+		return dialTCP(ctx, dial, t, timeout)
+	}
+	ctx, cancel := context.WithTimeout(ctx, lastDialTimeout) // it takes two connections, one after the other
+	defer cancel()
+	return proxy.Dial(ctx, dial, p, o.Roots, net.JoinHostPort(host, strconv.Itoa(t.port)))
+}
+
+// dialTCP races the relay's IPv4 and IPv6 addresses.
+func dialTCP(ctx context.Context, dial DialFunc, t target, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	type result struct {
 		nc  net.Conn
 		err error

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/proxy"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -28,6 +29,11 @@ const (
 	maxTryFor      = 60 * time.Second
 	restartRetry   = 200 * time.Millisecond
 	maxGone        = 1024
+
+	// firstReturn is how long after the region's first relay was passed over it is tried again, and maxReturn the longest time
+	// between such tries, which double.
+	firstReturn = time.Minute
+	maxReturn   = 30 * time.Minute
 )
 
 // RegionsConfig configures [NewRegions].
@@ -35,6 +41,7 @@ type RegionsConfig struct {
 	PrivateKey  key.NodePrivate // of the node; needed
 	Handler     Handler         // needed
 	Dial        DialFunc        // nil: net.Dialer
+	Proxy       proxy.Func      // which HTTP proxy a relay is reached through; nil: as the environment says
 	Roots       *x509.CertPool  // what certificates must chain to; nil: the system's
 	PlainHTTP   bool            // speak plain HTTP to every relay (tests, private networks)
 	CanAckPings bool            // announce that pings are answered
@@ -80,6 +87,7 @@ type region struct {
 	fails    int
 	notBy    time.Time // no attempt before
 	tryUntil time.Time // a restarting relay asked for quick retries until then
+	next     *Conn     // to the region's first relay, in place of conn, which is being closed for it
 	rtt      time.Duration
 
 	goneMu  sync.Mutex
@@ -91,7 +99,7 @@ type region struct {
 // and SetHome, or Send, say so. The caller must Close it.
 func NewRegions(cfg RegionsConfig) *Regions {
 	rs := &Regions{
-		o: Options{PrivateKey: cfg.PrivateKey, Dial: cfg.Dial, Roots: cfg.Roots, PlainHTTP: cfg.PlainHTTP,
+		o: Options{PrivateKey: cfg.PrivateKey, Dial: cfg.Dial, Proxy: cfg.Proxy, Roots: cfg.Roots, PlainHTTP: cfg.PlainHTTP,
 			CanAckPings: cfg.CanAckPings, AppName: cfg.AppName},
 		h: cfg.Handler, log: cfg.Logger, idle: cfg.IdleTimeout,
 	}
@@ -368,9 +376,13 @@ func (rs *Regions) run(r *region) {
 			continue
 		}
 		rs.mu.Lock()
-		def := r.def
+		def, c := r.def, r.next
+		r.next = nil
 		rs.mu.Unlock()
-		c, err := dialRegion(r.ctx, &rs.o, def, r.out)
+		var err error
+		if c == nil {
+			c, err = dialRegion(r.ctx, &rs.o, def, r.out)
+		}
 		if err != nil {
 			rs.failed(r, err)
 			continue
@@ -380,9 +392,18 @@ func (rs *Regions) run(r *region) {
 			continue
 		}
 		idle := rs.watchIdle(r, c)
+		back := rs.watchFirst(r, c)
 		err = c.Serve(&relayed{rs, r})
 		idle.Stop()
+		back()
 		rs.down(r, c, err)
+	}
+	rs.mu.Lock()
+	next := r.next
+	r.next = nil
+	rs.mu.Unlock()
+	if next != nil {
+		next.Close()
 	}
 	if r.ctx.Err() != nil { // else the queue is empty, or another goroutine's by now
 		r.out.clear()
@@ -471,7 +492,7 @@ func (rs *Regions) down(r *region, c *Conn, err error) {
 	if now.Sub(r.since) >= settled {
 		r.fails = 0
 	}
-	wantedDown := errors.Is(err, errIdle) || errors.Is(err, ErrNoRegion) || errors.Is(err, ErrClosed)
+	wantedDown := errors.Is(err, errIdle) || errors.Is(err, ErrNoRegion) || errors.Is(err, ErrClosed) || errors.Is(err, errFirst)
 	restarting, told := c.restarting()
 	switch {
 	case told:
@@ -489,7 +510,59 @@ func (rs *Regions) down(r *region, c *Conn, err error) {
 	rs.h.State(r.id, false, err)
 }
 
-var errIdle = errors.New("derp/client: idle")
+var (
+	errIdle  = errors.New("derp/client: idle")
+	errFirst = errors.New("derp/client: the region's first relay is back")
+)
+
+// watchFirst tries the region's relays that come before the one of c again and again, for as long as c is the home's: peers
+// expect a node at the first, and only where a region's relays are linked does it not matter. It costs nothing while
+// c is with the first. The function it returns ends it and waits for it.
+func (rs *Regions) watchFirst(r *region, c *Conn) (stop func()) {
+	if len(rs.before(r, c)) == 0 {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(r.ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		wait := firstReturn
+		timer := time.NewTimer(wait/2 + rand.N(wait))
+		defer timer.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-timer.C:
+			}
+			if better := rs.before(r, c); len(better) > 0 && rs.Home() == r.id {
+				next, err := dialRegion(ctx, &rs.o, &tailcfg.DERPRegion{RegionID: r.id, Nodes: better}, r.out)
+				if err == nil {
+					rs.mu.Lock()
+					r.next = next
+					rs.mu.Unlock()
+					c.shut(errFirst)
+					return
+				}
+				rs.log.Debug("derp: the region's first relay is still away", "region", r.id, "err", err)
+			}
+			wait = min(2*wait, maxReturn)
+			timer.Reset(wait/2 + rand.N(wait))
+		}
+	})
+	return func() { cancel(); wg.Wait() }
+}
+
+// before returns the region's relays that come before the one of c in the map.
+func (rs *Regions) before(r *region, c *Conn) []*tailcfg.DERPNode {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	for i, n := range r.def.Nodes {
+		if n != nil && *n == *c.node {
+			return slices.DeleteFunc(slices.Clone(r.def.Nodes[:i]), func(n *tailcfg.DERPNode) bool { return n == nil || n.STUNOnly })
+		}
+	}
+	return nil
+}
 
 // watchIdle closes the connection once it carried nothing for the idle time and is not home's.
 func (rs *Regions) watchIdle(r *region, c *Conn) *time.Timer {

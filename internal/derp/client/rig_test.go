@@ -15,6 +15,7 @@ import (
 
 	"github.com/tailnode/tailnode/internal/derp"
 	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/proxy"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -223,7 +224,7 @@ func mapOf(regions ...*tailcfg.DERPRegion) *tailcfg.DERPMap {
 // newRegions returns Regions on w that speak plain HTTP.
 func (w *world) newRegions() (*Regions, log) {
 	l := make(log, 10_000)
-	return NewRegions(RegionsConfig{PrivateKey: key.NewNode(), Handler: l, Dial: w.dial, PlainHTTP: true}), l
+	return NewRegions(RegionsConfig{PrivateKey: key.NewNode(), Handler: l, Dial: w.dial, Proxy: proxy.None, PlainHTTP: true}), l
 }
 
 func contains(err error, s string) bool { return err != nil && strings.Contains(err.Error(), s) }
