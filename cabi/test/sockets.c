@@ -131,8 +131,10 @@ static void nonblocking(void) {
 		int code = tailnode_dial(a, "tcp4", "cbeta:81", 0, 30000, &c, NULL, NULL, &err);
 		if (code == TAILNODE_REFUSED)
 			break;
-		OK(code);
 		CHECK(i < 100);
+		if (code == TAILNODE_RESET) // it was let in by a listener that closed in that moment
+			continue;
+		OK(code);
 		close(c);
 	}
 }
