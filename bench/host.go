@@ -38,53 +38,118 @@ func resetPeak(p *proc) {
 	os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", p.cmd.Process.Pid), []byte("5"), 0)
 }
 
-// cpuTimes returns what all processors have been busy since the system's start, and what of it went to this process, the measured
-// ones, and all that have ended.
-func cpuTimes() (busy, own time.Duration) {
+// usage is what all processors have been busy with since the system's start.
+type usage struct {
+	busy time.Duration // in all
+	own  time.Duration // this process and its descendants, those that have ended included
+	each map[int]process
+}
+
+type process struct {
+	name   string
+	parent int
+	cpu    time.Duration
+}
+
+// processors reads the usage. own counts this process, what runs below it, and all of those that have ended.
+func processors() (u usage) {
 	b, err := os.ReadFile("/proc/stat")
 	if err != nil {
-		return 0, 0
+		return u
 	}
 	line, _, _ := strings.Cut(string(b), "\n")
 	for i, f := range strings.Fields(line) {
 		// cpu user nice system idle iowait irq softirq steal guest guest_nice; the last two are in the first
 		if i >= 1 && i <= 8 && i != 4 && i != 5 {
-			n, _ := strconv.ParseInt(f, 10, 64)
-			busy += time.Duration(n) * tick
+			u.busy += ticks(f)
 		}
 	}
-	own = time.Duration((child.CPU() + child.EndedCPU()) * float64(time.Second))
-	for _, p := range procs {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	u.each = map[int]process{}
+	dirs, _ := os.ReadDir("/proc")
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(d.Name())
 		if err != nil {
 			continue
 		}
-		_, rest, _ := strings.Cut(string(b), ") ")
-		if f := strings.Fields(rest); len(f) > 12 {
-			u, _ := strconv.ParseInt(f[11], 10, 64)
-			s, _ := strconv.ParseInt(f[12], 10, 64)
-			own += time.Duration(u+s) * tick
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			continue
+		}
+		// pid (name) state parent ... the 14th and 15th are user and system time; a name may have spaces and brackets
+		from, to := strings.IndexByte(string(b), '('), strings.LastIndexByte(string(b), ')')
+		f := strings.Fields(string(b)[to+1:])
+		if from < 0 || len(f) < 13 {
+			continue
+		}
+		parent, _ := strconv.Atoi(f[1])
+		u.each[pid] = process{string(b[from+1 : to]), parent, ticks(f[11]) + ticks(f[12])}
+	}
+	u.own = time.Duration((child.CPU() + child.EndedCPU()) * float64(time.Second))
+	self := os.Getpid()
+	for pid, p := range u.each {
+		if pid != self && u.below(pid, self) {
+			u.own += p.cpu
 		}
 	}
-	return busy, own
+	return u
+}
+
+func ticks(s string) time.Duration {
+	n, _ := strconv.ParseInt(s, 10, 64)
+	return time.Duration(n) * tick
+}
+
+// below reports whether pid is root or one of its descendants.
+func (u usage) below(pid, root int) bool {
+	for range 64 {
+		if pid == root {
+			return true
+		}
+		p, ok := u.each[pid]
+		if !ok || p.parent == 0 {
+			return false
+		}
+		pid = p.parent
+	}
+	return false
 }
 
 // account is the beginning of a span of time over which others' use of the processors is told.
 type account struct {
-	at        time.Time
-	busy, own time.Duration
+	at time.Time
+	usage
 }
 
-func newAccount() account {
-	busy, own := cpuTimes()
-	return account{time.Now(), busy, own}
+func newAccount() account { return account{time.Now(), processors()} }
+
+// others returns how many processors, on average, were busy with anything but the benchmark since a was made, and who they were, with
+// their processor time in seconds, as far as they are there now. Time that the kernel spends on our packets outside of our
+// processes counts as others', so that the number is an upper bound.
+func (a account) others() (float64, map[string]float64) {
+	now := processors()
+	who := map[string]float64{}
+	self := os.Getpid()
+	for pid, p := range now.each {
+		was := a.each[pid] // zero if it is new
+		if was.name != p.name {
+			was.cpu = 0
+		}
+		if d := p.cpu - was.cpu; d > 0 && !now.below(pid, self) {
+			who[p.name] += d.Seconds()
+		}
+	}
+	return max(0, float64(now.busy-a.busy-(now.own-a.own))/float64(time.Since(a.at))), who
 }
 
-// others returns how many processors, on average, were busy with anything but the benchmark since a was made. Time that the kernel
-// spends on our packets outside of our processes counts as others', so that this is an upper bound.
-func (a account) others() float64 {
-	busy, own := cpuTimes()
-	return max(0, float64(busy-a.busy-(own-a.own))/float64(time.Since(a.at)))
+// processor is the processors' name.
+func processor() string {
+	b, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(b)) {
+		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
+			return strings.TrimSpace(v)
+		}
+	}
+	return "unknown processor"
 }
 
 // loadAverage is the number of runnable processes over the last minute.
@@ -115,7 +180,7 @@ func (p *patience) wait(limit time.Duration) {
 	for time.Since(began) < limit {
 		a := newAccount()
 		time.Sleep(250 * time.Millisecond) // what is measured is what happens in a length of time
-		if a.others() < 0.25 {
+		if others, _ := a.others(); others < 0.25 {
 			break
 		}
 	}

@@ -1,8 +1,10 @@
 // Command bench measures tailnode and upstream's tsnet side by side: the same minimal program, and
 // the same measured process (package child), built for each. Every node is a process of its own;
 // rounds alternate between the sides; what is printed is medians, and ours as a ratio to upstream's.
-// Both sides use upstream's coordination test server, and relays of either kind, on one machine and, where it may make
+// Both sides use the same coordination server and relays, on one machine and, where it may make
 // one, in a network namespace, so that only the node differs.
+//
+// What is measured is the list in measures.go.
 package main
 
 import (
@@ -17,6 +19,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"time"
 )
 
 // side is one implementation, as one way to build it.
@@ -29,165 +32,204 @@ type side struct {
 	min, child string // binaries
 }
 
+const (
+	ours     = "ours"
+	upstream = "upstream"
+	leanest  = "upstream, leanest"
+)
+
 // leanFeatures are the only of upstream's optional features without which tsnet does not compile or come up.
 const leanFeatures = "acme,ipnbus,netstack,serve"
 
+type options struct {
+	quick                                                               bool
+	json, csv, markdown, svg, from, only, without, profiles, congestion string
+	rounds                                                              int
+}
+
 func main() {
-	log.SetOutput(io.Discard) // upstream's STUN server logs there
+	log.SetOutput(io.Discard) // upstream's servers log there
 	var o options
 	flag.BoolVar(&o.quick, "quick", false, "fewer and shorter rounds")
-	flag.StringVar(&o.json, "json", "", "write every value to this file")
+	flag.StringVar(&o.json, "json", "", "write every value to this file, after each measure")
 	flag.StringVar(&o.csv, "csv", "", "write every value to this file, one a line")
 	flag.StringVar(&o.markdown, "markdown", "", "write the table to this file")
-	flag.StringVar(&o.from, "from", "", "measure nothing and take what -json wrote to this file")
-	flag.StringVar(&o.only, "only", "", "comma-separated measurements: size, start, restart, idle, direct, relayed, close (default all)")
+	flag.StringVar(&o.svg, "svg", "", "write a chart of the ratios to this file")
+	flag.StringVar(&o.from, "from", "", "measure nothing and take what -json wrote to these files, comma-separated: a later one's measures replace an earlier one's")
+	flag.StringVar(&o.only, "only", "", "comma-separated measures (default all; see -list)")
 	flag.StringVar(&o.without, "without", "", "a side to leave out: ours or upstream")
+	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each measure, instead of its own number")
 	flag.StringVar(&o.profiles, "profile", "", "instead of measuring write CPU profiles of a transfer on each path to this folder")
 	flag.StringVar(&o.congestion, "congestion", "cubic,reno", "kernel TCP congestion control in the namespace, the first of these that it may have; empty: the host's")
 	host := flag.Bool("host", false, "measure on the host's network and not in a namespace")
+	list := flag.Bool("list", false, "say what is measured")
 	flag.Parse()
-	if !*host && o.from == "" {
-		done, err := isolate(o.congestion)
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-			os.Exit(1)
+	if *list {
+		for _, m := range measures {
+			fmt.Printf("%-12s %s\n", m.name, m.what)
 		}
-		if done {
+		return
+	}
+	err := o.check()
+	if err == nil && !*host && o.from == "" {
+		var done bool
+		if done, err = isolate(o.congestion); done && err == nil {
 			return
 		}
 	}
-	if err := run(o); err != nil {
+	if err == nil {
+		err = run(o)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-type options struct {
-	quick                                                          bool
-	json, csv, markdown, from, only, without, profiles, congestion string
+// check refuses names that do not exist before anything takes its time.
+func (o *options) check() error {
+	if o.only == "" {
+		return nil
+	}
+	for _, name := range strings.Split(o.only, ",") {
+		if !slices.ContainsFunc(measures, func(m *measure) bool { return m.name == name }) {
+			return fmt.Errorf("no measure %q; see -list", name)
+		}
+	}
+	return nil
+}
+
+func (o *options) wants(name string) bool {
+	return o.only == "" || slices.Contains(strings.Split(o.only, ","), name)
 }
 
 func run(o options) error {
 	if o.from != "" {
-		rep, err := readReport(o.from)
+		rep, err := readReports(strings.Split(o.from, ","))
 		if err != nil {
 			return err
 		}
-		return rep.write(o, []*side{{name: "ours"}, {name: "upstream"}, {name: "upstream, leanest"}})
+		return rep.write(o)
 	}
-	p := full
+	p := plans[0]
 	if o.quick {
-		p = quick
+		p = plans[1]
 	}
-	p.profiles = o.profiles
-	wants := func(what string) bool { return o.only == "" || slices.Contains(strings.Split(o.only, ","), what) }
-
 	tmp, err := os.MkdirTemp("", "bench")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	sides := []*side{{name: "ours", dir: "ours"}, {name: "upstream", dir: "upstream"}}
-	if (wants("size") || wants("idle")) && p.profiles == "" {
-		lean, err := command("go", "run", "tailscale.com/cmd/featuretags", "--min", "--add="+leanFeatures)
+	os.Setenv("TMPDIR", tmp) // of the nodes that are killed, too
+	sides := []*side{{name: ours, dir: "ours"}, {name: upstream, dir: "upstream"}}
+	if (o.wants("size") || o.wants("idle")) && o.profiles == "" {
+		tags, err := command("go", "run", "tailscale.com/cmd/featuretags", "--min", "--add="+leanFeatures)
 		if err != nil {
 			return err
 		}
-		sides = append(sides, &side{name: "upstream, leanest", dir: "upstream", tags: lean, lean: true})
+		sides = append(sides, &side{name: leanest, dir: "upstream", tags: tags, lean: true})
 	}
 	sides = slices.DeleteFunc(sides, func(s *side) bool { return s.dir == o.without })
-	rep := &report{
-		Go: runtime.Version(), System: runtime.GOOS + "/" + runtime.GOARCH, Kernel: sysctl("kernel.osrelease"),
-		CPUs: runtime.NumCPU(), Upstream: upstreamVersion(), Namespace: namespaced(),
-		Congestion: sysctl("net.ipv4.tcp_congestion_control"), UDPBuffer: sysctl("net.core.rmem_max"), Root: os.Geteuid() == 0,
-		LoadAtStart: loadAverage(),
-	}
 	for i, s := range sides {
 		progress("building %s", s.name)
 		s.min, s.child = filepath.Join(tmp, fmt.Sprint("min", i)), filepath.Join(tmp, fmt.Sprint("child", i))
-		if err := build(s, rep, wants("size")); err != nil {
+		if err := goBuild(s.min, "./min/"+s.dir, s.tags, "-s -w"); err != nil {
+			return err
+		}
+		if err := goBuild(s.child, "./child/"+s.dir, s.tags, "-s -w"); err != nil {
 			return err
 		}
 	}
-	rep.open = nil // sizes do not depend on what else runs
-	if p.profiles != "" {
-		if err := os.MkdirAll(p.profiles, 0o755); err != nil {
-			return err
-		}
-		for _, s := range sides {
-			progress("profiles of %s", s.name)
-			if err := profiled(s, &p); err != nil {
-				return fmt.Errorf("%s: %w", s.name, err)
-			}
-		}
-		return nil
+	if o.profiles != "" {
+		return profile(o.profiles, sides, &p)
 	}
-	for _, m := range measurements {
-		if !wants(m.name) {
+	began := time.Now()
+	rep := &report{
+		Go: runtime.Version(), System: runtime.GOOS + "/" + runtime.GOARCH, Kernel: sysctl("kernel.osrelease"), Processor: processor(),
+		CPUs: runtime.NumCPU(), Upstream: upstreamVersion(), Quick: o.quick, Namespace: namespaced(),
+		Congestion: sysctl("net.ipv4.tcp_congestion_control"), UDPBuffer: sysctl("net.core.rmem_max"), Root: os.Geteuid() == 0,
+		LoadAtStart: loadAverage(), Busy: map[string]float64{},
+	}
+	for _, m := range measures {
+		if !o.wants(m.name) {
 			continue
 		}
-		for i := range m.rounds(&p) {
-			for _, s := range sides {
-				if s.lean && (!m.lean || i > 0) {
-					continue
-				}
-				p.patience.wait(p.quiet)
-				progress("%s, round %d of %d, %s", m.name, i+1, m.rounds(&p), s.name)
-				a := newAccount()
-				if err := m.run(s, rep, &p, i); err != nil {
-					// What one side cannot do is told; what it did before and what comes after still counts.
-					progress("%s: %s: %v", m.name, s.name, err)
-					rep.Failures = append(rep.Failures, fmt.Sprintf("%s, round %d, %s: %v", m.name, i+1, s.name, err))
-				}
-				rep.settle(a.others())
+		rep.measureAll(m, &p, sides, o.rounds)
+		rep.LoadAtEnd, rep.Took = loadAverage(), time.Since(began).Round(time.Second).String()
+		if o.json != "" { // what follows may still go wrong
+			if err := rep.writeJSON(o.json); err != nil {
+				return err
 			}
 		}
 	}
-	rep.LoadAtEnd = loadAverage()
-	return rep.write(o, sides)
+	return rep.write(o)
+}
+
+// measureAll runs all rounds of a measure. What a side cannot do is noted; what it did before and what comes after still counts.
+func (rep *report) measureAll(m *measure, p *plan, sides []*side, rounds int) {
+	if rounds == 0 {
+		rounds = m.count[p.index()]
+	}
+	began := time.Now()
+	for n := range rounds {
+		if m.who != eachSide {
+			rep.measureOnce(&round{m: m, p: p, n: n, sides: sides}, rounds)
+			continue
+		}
+		for _, s := range sides {
+			if !s.lean {
+				rep.measureOnce(&round{m: m, p: p, n: n, side: s, sides: sides}, rounds)
+			}
+		}
+	}
+	progress("%s took %v", m.name, time.Since(began).Round(100*time.Millisecond))
+}
+
+func (rep *report) measureOnce(r *round, rounds int) {
+	who := "all sides"
+	if r.side != nil {
+		who = r.side.name
+	}
+	if r.m.name != "size" { // sizes do not depend on what else runs
+		r.p.patience.wait(r.p.quiet)
+	}
+	progress("%s, round %d of %d, %s", r.m.name, r.n+1, rounds, who)
+	a := newAccount()
+	if err := r.do(); err != nil {
+		progress("%s: %s: %v", r.m.name, who, err)
+		side := ""
+		if r.side != nil {
+			side = r.side.name
+		}
+		r.fail(side, err)
+	}
+	others, busy := a.others()
+	for name, s := range busy {
+		rep.Busy[name] += s
+	}
+	rep.take(r, others)
 }
 
 // write prints the table, and writes the files that are asked for.
-func (r *report) write(o options, sides []*side) error {
-	r.print(os.Stdout, sides)
-	if o.json != "" {
-		if err := r.writeJSON(o.json); err != nil {
+func (rep *report) write(o options) error {
+	rep.print(os.Stdout)
+	for _, f := range []struct {
+		name  string
+		write func(string) error
+	}{{o.json, rep.writeJSON}, {o.csv, rep.writeCSV}, {o.markdown, rep.writeMarkdown}, {o.svg, rep.writeSVG}} {
+		if f.name == "" {
+			continue
+		}
+		if err := f.write(f.name); err != nil {
 			return err
 		}
-	}
-	if o.csv != "" {
-		if err := r.writeCSV(o.csv); err != nil {
-			return err
-		}
-	}
-	if o.markdown != "" {
-		return r.writeMarkdown(o.markdown, sides)
 	}
 	return nil
 }
 
-// build builds a side's programs and notes the weight of the minimal one.
-func build(s *side, rep *report, size bool) error {
-	for _, b := range []struct{ out, pkg string }{{s.min, "./min/" + s.dir}, {s.child, "./child/" + s.dir}} {
-		if _, err := command("go", "build", "-trimpath", "-ldflags=-s -w", "-tags", s.tags, "-o", b.out, b.pkg); err != nil {
-			return err
-		}
-	}
-	if !size {
-		return nil
-	}
-	fi, err := os.Stat(s.min)
-	if err != nil {
-		return err
-	}
-	rep.add("size of a minimal program, stripped", "MB", true, s, float64(fi.Size())/1e6)
-	deps, err := command("go", "list", "-deps", "-tags", s.tags, "-f", "{{.ImportPath}} {{.Standard}}", "./min/"+s.dir)
-	if err != nil {
-		return err
-	}
-	rep.add("packages linked", "", true, s, float64(strings.Count(deps, "\n"))) // without the program's own
-	rep.add("packages linked outside of the standard library", "", true, s, float64(strings.Count(deps, " false")-1))
-	return nil
+func goBuild(out, pkg, tags, ldflags string) error {
+	_, err := command("go", "build", "-trimpath", "-ldflags="+ldflags, "-tags", tags, "-o", out, pkg)
+	return err
 }
 
 func command(name string, args ...string) (string, error) {

@@ -20,10 +20,13 @@ import (
 type Server interface {
 	Up(ctx context.Context) error
 	Listen(network, addr string) (net.Listener, error)
+	ListenPacket(network, addr string) (net.PacketConn, error)
 	Dial(ctx context.Context, network, addr string) (net.Conn, error)
 	TailscaleIPs() (ip4, ip6 netip.Addr)
 	// Direct returns where the peer with that address is reached without a relay, "" if it is not.
 	Direct(ctx context.Context, peer netip.Addr) (string, error)
+	// Knows reports whether the node has a peer with that address in its netmap.
+	Knows(ctx context.Context, peer netip.Addr) bool
 	Close() error
 }
 
@@ -32,12 +35,15 @@ type Config struct {
 	Dir, Hostname, ControlURL, AuthKey string
 	RelayOnly                          bool   // never take a direct path
 	Dial                               string // if not empty, a peer's address: dial it before saying that the node is up
+	Account                            bool   // note what the process has before it makes the node, for "close"
 	Profile                            string // if not empty, write a CPU profile of all sending there
 }
 
-// Command is one line of input. Op is "stats", or one of the functions of ops.go: "first" (one byte each way, then Wait for
-// a direct path), "send" (on so many Streams for so many Seconds), "rtt" (Count round trips), "hold" (open Count
-// connections and keep them), or "close" (close the node, which must take no longer than Seconds).
+// Command is one line of input. Op is "stats", or one of the functions of ops.go and many.go: "first" (one byte each way, then
+// up to Seconds for a direct path), "send" (on so many Streams for so many Seconds), "rtt" (Count round trips in no more than
+// Seconds, beside so many Streams), "udp" (datagrams for so many Seconds), "knows" (wait until the netmap has Addr), "conns" (one
+// connection after the other on so many Streams at once for so many Seconds), "hold" (open Count connections and keep them), or
+// "close" (close the node, which must take no longer than Seconds).
 type Command struct {
 	Op      string
 	Addr    string
@@ -54,11 +60,17 @@ type Reply struct {
 	Direct     float64 `json:",omitempty"` // "first": seconds from the dial to a direct path; 0: it did not come
 	Bytes      int64   `json:",omitempty"`
 	P50, P99   float64 `json:",omitempty"` // seconds
+	Count      int64   `json:",omitempty"` // datagrams that arrived, connections made
+	Sent       int64   `json:",omitempty"` // datagrams
 	CPU        float64 `json:",omitempty"` // seconds of processor time, user and system, so far
 	Goroutines int     `json:",omitempty"`
+	Left       *Held   `json:",omitempty"` // "close": what the process has more than before it made the node
 }
 
-const port = "9000"
+const (
+	port    = "9000" // TCP
+	portUDP = "9001"
+)
 
 // Main runs the process until its input ends.
 func Main(make func(Config) Server) {
@@ -71,6 +83,11 @@ func Main(make func(Config) Server) {
 	var conf Config
 	if err := json.Unmarshal([]byte(os.Args[1]), &conf); err != nil {
 		fail(err)
+	}
+	var base Held
+	if conf.Account {
+		base = holds()
+		began = time.Now()
 	}
 	srv := make(conf)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -90,6 +107,11 @@ func Main(make func(Config) Server) {
 		}
 	}
 	v4, _ := srv.TailscaleIPs()
+	pc, err := srv.ListenPacket("udp", net.JoinHostPort(v4.String(), portUDP))
+	if err != nil {
+		fail(err)
+	}
+	go countDatagrams(pc)
 	out.Encode(Reply{IP: v4.String(), Seconds: took.Seconds(), CPU: cpu(), Goroutines: runtime.NumGoroutine()})
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {
@@ -97,7 +119,7 @@ func Main(make func(Config) Server) {
 		if err := json.Unmarshal(in.Bytes(), &cmd); err != nil {
 			fail(err)
 		}
-		r, err := do(srv, conf, cmd)
+		r, err := do(srv, conf, base, cmd)
 		if err != nil {
 			r.Err = err.Error()
 		}
@@ -107,7 +129,7 @@ func Main(make func(Config) Server) {
 	srv.Close()
 }
 
-func do(srv Server, conf Config, cmd Command) (Reply, error) {
+func do(srv Server, conf Config, base Held, cmd Command) (Reply, error) {
 	d := time.Duration(cmd.Seconds * float64(time.Second))
 	switch cmd.Op {
 	case "stats":
@@ -122,11 +144,17 @@ func do(srv Server, conf Config, cmd Command) (Reply, error) {
 		defer stop()
 		return send(srv, cmd.Addr, cmd.Streams, d)
 	case "rtt":
-		return roundTrips(srv, cmd.Addr, cmd.Count)
+		return roundTrips(srv, cmd.Addr, cmd.Count, d, cmd.Streams)
+	case "udp":
+		return datagrams(srv, cmd.Addr, d)
+	case "knows":
+		return knows(srv, cmd.Addr, d)
+	case "conns":
+		return connections(srv, cmd.Addr, cmd.Streams, d)
 	case "hold":
-		return hold(srv, cmd.Addr, cmd.Count)
+		return hold(srv, cmd.Addr, cmd.Count, d)
 	case "close":
-		return closeWithin(srv, d), nil
+		return closeWithin(srv, d, base), nil
 	case "profile": // of a node that only receives
 		stop, err := profile(conf.Profile)
 		if err == nil {

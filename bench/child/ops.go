@@ -3,12 +3,12 @@ package child
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -183,86 +183,80 @@ func stream(c net.Conn, end time.Time) (int64, error) {
 	return int64(binary.BigEndian.Uint64(n[:])), nil
 }
 
-// roundTrips sends a small message and waits for its echo, again and again on one connection.
-func roundTrips(srv Server, addr string, count int) (Reply, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+// roundTrips sends a small message and waits for its echo, again and again on one connection, while as many other connections as
+// load says send as fast as they can. It ends after limit with as many as there were.
+func roundTrips(srv Server, addr string, count int, limit time.Duration, load int) (r Reply, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit+time.Minute)
 	defer cancel()
+	end := time.Now().Add(limit)
+	if load > 0 {
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		stop := make(chan struct{})
+		defer close(stop)
+		for range load {
+			c, err := dial(ctx, srv, addr, opSink)
+			if err != nil {
+				return r, err
+			}
+			wg.Go(func() {
+				defer c.Close()
+				buf := make([]byte, 128<<10)
+				for time.Now().Before(end.Add(10 * time.Second)) {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					if _, err := c.Write(buf); err != nil {
+						return
+					}
+				}
+			})
+		}
+	}
 	c, err := dial(ctx, srv, addr, opEcho)
 	if err != nil {
-		return Reply{}, err
+		return r, err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(time.Minute))
+	c.SetDeadline(end.Add(30 * time.Second))
 	msg := make([]byte, 32)
 	took := make([]time.Duration, 0, count)
-	const warm = 100
-	for i := range warm + count {
+	warm := min(100, count/10)
+	for i := 0; i < warm+count && (len(took) == 0 || time.Now().Before(end)); i++ {
 		began := time.Now()
 		if _, err := c.Write(msg); err != nil {
-			return Reply{}, err
+			return r, err
 		}
 		if _, err := io.ReadFull(c, msg); err != nil {
-			return Reply{}, err
+			return r, err
 		}
 		if i >= warm {
 			took = append(took, time.Since(began))
 		}
 	}
 	slices.Sort(took)
-	return Reply{P50: took[count/2].Seconds(), P99: took[count*99/100].Seconds()}, nil
+	n := len(took)
+	return Reply{P50: took[n/2].Seconds(), P99: took[n*99/100].Seconds(), Count: int64(n)}, nil
 }
 
-// hold opens connections, 16 at a time, on each of which a byte goes back and forth, and leaves them open.
-func hold(srv Server, addr string, count int) (Reply, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+// knows waits until the node has a peer with that address.
+func knows(srv Server, addr string, limit time.Duration) (Reply, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	began := time.Now()
-	var wg sync.WaitGroup
-	var left atomic.Int64
-	left.Store(int64(count))
-	var mu sync.Mutex
-	var failed error
-	for range 16 {
-		wg.Go(func() {
-			for left.Add(-1) >= 0 {
-				c, err := dial(ctx, srv, addr, opHold)
-				if err == nil {
-					c.SetReadDeadline(time.Now().Add(30 * time.Second))
-					_, err = io.ReadFull(c, make([]byte, 1))
-				}
-				mu.Lock()
-				if err != nil {
-					failed = err
-				} else {
-					held = append(held, c)
-				}
-				mu.Unlock()
-				if err != nil {
-					return
-				}
-			}
-		})
+	peer, err := netip.ParseAddr(addr)
+	if err != nil {
+		return Reply{}, err
 	}
-	wg.Wait()
-	return Reply{Seconds: time.Since(began).Seconds()}, failed
-}
-
-// held are the connections of hold.
-var held []net.Conn
-
-// closeWithin closes the node and says how long that took, or how long was waited for it in vain.
-func closeWithin(srv Server, limit time.Duration) Reply {
-	began := time.Now()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		srv.Close()
-	}()
-	late := time.NewTimer(limit)
-	defer late.Stop()
-	select {
-	case <-done:
-	case <-late.C:
+	tick := time.NewTicker(500 * time.Microsecond)
+	defer tick.Stop()
+	for !srv.Knows(ctx, peer) {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return Reply{}, errors.New("the node never heard of that peer")
+		}
 	}
-	return Reply{Seconds: time.Since(began).Seconds()}
+	return Reply{}, nil
 }

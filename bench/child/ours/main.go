@@ -35,6 +35,15 @@ func (s server) Direct(ctx context.Context, peer netip.Addr) (string, error) {
 	return "", nil
 }
 
+func (s server) Knows(ctx context.Context, peer netip.Addr) bool {
+	lc, err := s.LocalClient()
+	if err != nil {
+		return false
+	}
+	_, err = lc.WhoIs(ctx, peer.String())
+	return err == nil
+}
+
 func main() {
 	child.Main(func(c child.Config) child.Server {
 		datapath.ForceRelay.Store(c.RelayOnly)

@@ -37,6 +37,15 @@ func (s server) Direct(ctx context.Context, peer netip.Addr) (string, error) {
 	return "", nil
 }
 
+func (s server) Knows(ctx context.Context, peer netip.Addr) bool {
+	lc, err := s.LocalClient()
+	if err != nil {
+		return false
+	}
+	_, err = lc.WhoIs(ctx, peer.String())
+	return err == nil
+}
+
 func main() {
 	netns.SetEnabled(false) // everything is on this machine
 	child.Main(func(c child.Config) child.Server {

@@ -10,43 +10,62 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/tailnode/tailnode/bench/child"
 	"github.com/tailnode/tailnode/interop/harness"
 )
 
-// ground is the control server and the relay under both nodes of a measurement.
+// ground is the control server and the relay under the nodes of a round.
 type ground struct {
-	relay   harness.Relay
-	control harness.Control
+	r     *round
+	relay harness.Relay
+	url   string
+	big   *bigControl // where the netmap is to be large
+	stop  func()
 }
 
 // newGround starts upstream's coordination test server, with that relay.
-func newGround(relay harness.RelayMaker) (*ground, error) {
-	r, err := relay(nil)
+func (r *round) newGround(relay harness.RelayMaker) (*ground, error) {
+	rl, err := relay(nil)
 	if err != nil {
 		return nil, err
 	}
-	control, err := harness.UpstreamControl(r.Info(), nil)
+	control, err := harness.UpstreamControl(rl.Info(), nil)
 	if err != nil {
-		r.Close()
+		rl.Close()
 		return nil, err
 	}
-	return &ground{r, control}, nil
+	return &ground{r: r, relay: rl, url: control.URL(), stop: func() { control.Close() }}, nil
+}
+
+// newBigGround starts a control server that tells each node of so many peers that do not exist besides those that do.
+func (r *round) newBigGround(peers int) (*ground, error) {
+	rl, err := harness.UpstreamRelay(nil)
+	if err != nil {
+		return nil, err
+	}
+	big, err := newBigControl(rl.Info(), peers)
+	if err != nil {
+		rl.Close()
+		return nil, err
+	}
+	return &ground{r: r, relay: rl, url: big.url, big: big, stop: big.close}, nil
 }
 
 func (g *ground) close() {
-	g.control.Close()
+	g.stop()
 	g.relay.Close()
 }
 
 // proc is a running measured process.
 type proc struct {
+	r     *round
 	cmd   *exec.Cmd
 	in    io.WriteCloser
 	out   *bufio.Scanner
-	errs  strings.Builder
+	errs  tail
 	conf  child.Config
 	up    child.Reply
 	began time.Time     // just before its start
@@ -54,10 +73,31 @@ type proc struct {
 	ended bool
 }
 
-// procs are the processes that have been started and not yet reaped, for the account of who uses the processors.
-var procs []*proc
+// tail keeps the last of what is written to it.
+type tail struct {
+	mu sync.Mutex
+	b  []byte
+}
 
-// start starts a node of that side; Dir and ControlURL are filled in where they are empty.
+func (t *tail) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = append(t.b, b...)
+	if n := len(t.b) - 2048; n > 0 {
+		t.b = t.b[n:]
+	}
+	return len(b), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.b)
+}
+
+var errLate = errors.New("the time for this round is over")
+
+// start starts a node of that side; conf's Dir and what comes from the ground are filled in.
 func (g *ground) start(s *side, conf child.Config) (*proc, error) {
 	if conf.Dir == "" {
 		dir, err := os.MkdirTemp("", "bench-node")
@@ -66,12 +106,12 @@ func (g *ground) start(s *side, conf child.Config) (*proc, error) {
 		}
 		conf.Dir = dir
 	}
-	conf.ControlURL, conf.AuthKey = g.control.URL(), "tskey-any"
+	conf.ControlURL, conf.AuthKey = g.url, "tskey-any"
 	arg, err := json.Marshal(conf)
 	if err != nil {
 		return nil, err
 	}
-	p := &proc{cmd: exec.Command(s.child, string(arg)), conf: conf}
+	p := &proc{r: g.r, cmd: exec.Command(s.child, string(arg)), conf: conf}
 	p.cmd.Stderr = &p.errs
 	// The harness sets knobs of upstream's in this process that are not for the measured one.
 	p.cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "TS_") })
@@ -87,7 +127,9 @@ func (g *ground) start(s *side, conf child.Config) (*proc, error) {
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
-	procs = append(procs, p)
+	if err := g.r.started(p); err != nil {
+		return nil, err
+	}
 	p.up, err = p.reply()
 	p.spawn = time.Since(p.began)
 	if err != nil {
@@ -100,7 +142,11 @@ func (g *ground) start(s *side, conf child.Config) (*proc, error) {
 func (p *proc) reply() (child.Reply, error) {
 	var r child.Reply
 	if !p.out.Scan() {
-		return r, fmt.Errorf("the measured process ended: %v %s", p.out.Err(), p.errs.String())
+		why := "the measured process ended"
+		if e := strings.TrimSpace(p.errs.String()); e != "" {
+			why += ": " + e
+		}
+		return r, errors.New(why)
 	}
 	if err := json.Unmarshal(p.out.Bytes(), &r); err != nil {
 		return r, err
@@ -128,7 +174,7 @@ func (p *proc) end() {
 	late := time.AfterFunc(5*time.Second, func() { p.cmd.Process.Kill() })
 	defer late.Stop()
 	p.cmd.Wait()
-	procs = slices.DeleteFunc(procs, func(q *proc) bool { return q == p })
+	p.r.ended(p)
 }
 
 func (p *proc) stop() {
@@ -149,29 +195,48 @@ const directWait = 10 * time.Second
 
 var errNotDirect = errors.New("the path did not become direct")
 
-// pair starts two nodes, alpha and bravo; bravo has dialled alpha and, unless they are to take the relay, waited for a direct path.
-func (g *ground) pair(s *side, relayOnly bool) (a, b *proc, first child.Reply, err error) {
-	if a, err = g.start(s, child.Config{Hostname: "alpha", RelayOnly: relayOnly}); err != nil {
+// way is how packets are to go between two nodes.
+type way uint8
+
+const (
+	direct    way = iota // wait for a direct path
+	relayOnly            // forbid one, and look
+	anyWay               // do not look
+)
+
+// pair starts two nodes, alpha and bravo; bravo has dialled alpha, and the path is as it is to be.
+func (g *ground) pair(s *side, w way) (a, b *proc, first child.Reply, err error) {
+	conf := child.Config{RelayOnly: w == relayOnly}
+	conf.Hostname = "alpha"
+	if a, err = g.start(s, conf); err != nil {
 		return
 	}
-	if b, err = g.start(s, child.Config{Hostname: "bravo", RelayOnly: relayOnly}); err != nil {
+	conf.Hostname = "bravo"
+	if b, err = g.start(s, conf); err != nil {
 		a.stop()
 		return
 	}
-	wait := directWait
-	if relayOnly {
-		wait = time.Second / 2 // in which it must not become direct
-	}
+	wait := map[way]time.Duration{direct: directWait, relayOnly: time.Second / 2}[w]
 	first, err = b.do(child.Command{Op: "first", Addr: a.up.IP, Seconds: wait.Seconds()})
-	if err == nil && relayOnly != (first.Direct == 0) {
+	switch {
+	case err != nil:
+	case w == direct && first.Direct == 0:
 		err = errNotDirect
-		if relayOnly {
-			err = errors.New("the path became direct and was to stay on the relay")
-		}
+	case w == relayOnly && first.Direct != 0:
+		err = errors.New("the path became direct and was to stay on the relay")
 	}
 	if err != nil {
 		a.stop()
 		b.stop()
 	}
 	return
+}
+
+// stillDirect says whether the path has been direct to the end.
+func stillDirect(a, b *proc) error {
+	r, err := b.do(child.Command{Op: "first", Addr: a.up.IP, Seconds: 0.2})
+	if err == nil && r.Direct == 0 {
+		err = errNotDirect
+	}
+	return err
 }
