@@ -1,5 +1,5 @@
 # Everything a contributor runs. `make test` and `make bench-quick` need Go and nothing else (the C library's tests are
-# skipped without a C compiler); `make test-race` needs a C compiler too, because the race detector does.
+# skipped without a C compiler, the Rust crates' without Cargo); `make test-race` needs a C compiler too, because the race detector does.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -27,15 +27,24 @@ help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: test
-test: ## Run every test: the module itself, interop against upstream's clients and servers, the C library.
+test: ## Run every test: the module itself, interop against upstream's clients and servers, the C library, the Rust crates.
 	@for m in $(TESTED); do echo "== go test ./... in $$m"; (cd $$m && $(GO) test -timeout $(TESTTIMEOUT) $(GOTESTFLAGS) ./...); done
 	@$(MAKE) --no-print-directory test-c
+	@$(MAKE) --no-print-directory test-rust
 
 .PHONY: test-c
 test-c: ## Build the C library and run its tests, in C and C++ (Linux with a C compiler).
 	@if [ "$$(uname)" != Linux ]; then echo "cabi: C tests skipped: the C library is for Linux"; \
 	elif ! command -v $(CC) >/dev/null; then echo "cabi: C tests skipped: there is no C compiler ($(CC))"; \
 	else $(MAKE) --no-print-directory -C cabi test; fi
+
+.PHONY: test-rust
+test-rust: ## Run the tests of the Rust crates, on what test-c built (Linux with Cargo and a C compiler).
+	@why=$$(rust/can) || { echo "rust: tests skipped: $$why"; exit 0; }; $(MAKE) --no-print-directory -C rust test
+
+.PHONY: lint-rust
+lint-rust: ## rustfmt, clippy and rustdoc, without a warning (Linux with Cargo and a C compiler).
+	@why=$$(rust/can) || { echo "rust: lint skipped: $$why"; exit 0; }; $(MAKE) --no-print-directory -C rust lint
 
 .PHONY: test-short
 test-short: ## Run the tests of the module itself only, in short mode.

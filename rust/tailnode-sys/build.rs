@@ -1,15 +1,17 @@
-//! Finds libtailnode: $TAILNODE_LIB_DIR, then pkg-config, else builds it from the checkout with Go and a C compiler.
+//! Finds libtailnode: $TAILNODE_LIB_DIR, then pkg-config, else builds it from source with Go and a C compiler.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{exit, Command};
 
 fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
     for v in ["TAILNODE_LIB_DIR", "TAILNODE_LINK", "TAILNODE_NO_PKG_CONFIG", "TAILNODE_SRC", "DOCS_RS", "GO"] {
         println!("cargo:rerun-if-env-changed={v}");
     }
     println!("cargo:rustc-check-cfg=cfg(tailnode_static_core)");
-    if env::var_os("DOCS_RS").is_some() {
+    if var("DOCS_RS").is_some() {
         return; // documentation links nothing
     }
     let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
@@ -17,16 +19,21 @@ fn main() {
         fail(&format!("libtailnode is for Linux only, not for {os}."));
     }
     let core = env::var_os("CARGO_FEATURE_CORE").is_some();
-    if let Some(dir) = env::var_os("TAILNODE_LIB_DIR") {
+    if let Some(dir) = var("TAILNODE_LIB_DIR") {
         return from_dir(Path::new(&dir), core);
     }
-    if env::var_os("TAILNODE_NO_PKG_CONFIG").is_none() {
+    if var("TAILNODE_NO_PKG_CONFIG").is_none() {
         // The shared library; it finds the core beside itself at run time.
         if pkg_config::Config::new().atleast_version("0.1").probe("tailnode").is_ok() {
             return;
         }
     }
     from_source(core);
+}
+
+/// A variable of the environment that is set to something.
+fn var(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|v| !v.is_empty())
 }
 
 /// A directory with libtailnode.a and libtailnode-core.a, or libtailnode.so.
@@ -66,13 +73,18 @@ fn link_static(dir: &Path, core: bool) {
 
 fn from_source(core: bool) {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("OUT_DIR"));
-    let root = match env::var_os("TAILNODE_SRC") {
+    let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("CARGO_MANIFEST_DIR"));
+    let root = match var("TAILNODE_SRC") {
         Some(p) => PathBuf::from(p),
-        None => PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("CARGO_MANIFEST_DIR")).join("../.."),
+        // The published crate carries the source; a checkout has it two levels up.
+        None => [here.join("source"), here.join("../..")]
+            .into_iter()
+            .find(|p| p.join("cabi/include/tailnode.h").exists())
+            .unwrap_or_else(|| here.join("source")),
     };
     let cabi = root.join("cabi");
     if !cabi.join("include/tailnode.h").exists() {
-        fail(&format!("no libtailnode was found, and its source is not in {} (TAILNODE_SRC).", cabi.display()));
+        fail(&format!("no libtailnode was found, and its source is not in {} (TAILNODE_SRC).\n{WAYS}", root.display()));
     }
     for p in ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "internal", "go.mod"] {
         println!("cargo:rerun-if-changed={}", root.join(p).display());
@@ -98,16 +110,11 @@ fn from_source(core: bool) {
 }
 
 fn build_core(cabi: &Path, out: &Path, cc: &cc::Build) {
-    let go = env::var_os("GO").unwrap_or_else(|| "go".into());
+    let go = var("GO").unwrap_or_else(|| "go".into());
     if !Command::new(&go).arg("version").output().is_ok_and(|o| o.status.success()) {
-        fail(
-            "no libtailnode was found, and Go, which builds it, is not installed (it was looked for as $GO, then `go`).\n\
-             Do one of these:\n\
-             - install Go 1.26 or newer: https://go.dev/dl/\n\
-             - build the library elsewhere (`make -C cabi`) and set TAILNODE_LIB_DIR to its directory\n\
-             - install it (`make -C cabi install`), so that pkg-config finds `tailnode`\n\
-             - do without the core in this program: default-features = false, and isolated mode",
-        );
+        fail(&format!(
+            "no libtailnode was found, and Go, which builds it, is not installed (it was looked for as $GO, then `go`).\n{WAYS}"
+        ));
     }
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     let goarch = match arch.as_str() {
@@ -120,7 +127,8 @@ fn build_core(cabi: &Path, out: &Path, cc: &cc::Build) {
     };
     let lib = out.join("libtailnode-core.a");
     let status = Command::new(&go)
-        .args(["build", "-trimpath", "-ldflags=-s -w", "-buildmode=c-archive", "-o"])
+        // As in cabi/Makefile, so that it is the same core: goroutines are not preempted by SIGURG in a host's process.
+        .args(["build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -X runtime.godebugDefault=asyncpreemptoff=1", "-buildmode=c-archive", "-o"])
         .arg(&lib)
         .arg(".")
         .current_dir(cabi)
@@ -135,6 +143,12 @@ fn build_core(cabi: &Path, out: &Path, cc: &cc::Build) {
         Err(e) => fail(&format!("`go build` cannot be run: {e}")),
     }
 }
+
+const WAYS: &str = "Do one of these:\n\
+     - install Go 1.26 or newer: https://go.dev/dl/\n\
+     - build the library elsewhere (`make -C cabi`) and set TAILNODE_LIB_DIR to its directory\n\
+     - install it (`make -C cabi install`), so that pkg-config finds `tailnode`\n\
+     - do without the core in this program: default-features = false, and isolated mode";
 
 fn fail(why: &str) -> ! {
     eprintln!("\ntailnode-sys: {why}\n");
