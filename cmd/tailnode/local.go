@@ -33,6 +33,7 @@ type joined interface {
 	WhoIs(ctx context.Context, addr string) (*tailnode.WhoIsResponse, error)
 	Dial(ctx context.Context, network, addr string) (net.Conn, error)
 	DERPMap(ctx context.Context) (json.RawMessage, error)
+	Netcheck(ctx context.Context, o tailnode.NetcheckOptions) (json.RawMessage, error)
 }
 
 type ownNode struct {
@@ -118,6 +119,15 @@ func socketHandler(n ownNode) http.Handler {
 		dm, err := n.DERPMap(r.Context())
 		reply(w, dm, err)
 	})
+	mux.HandleFunc("GET /netcheck", func(w http.ResponseWriter, r *http.Request) {
+		d, err := time.ParseDuration(cmp.Or(r.FormValue("wait"), "0s"))
+		if err != nil {
+			reply(w, nil, &tailnode.Error{Op: "netcheck", Code: tailnode.CodeInvalidArgument, Err: err})
+			return
+		}
+		rep, err := n.Netcheck(r.Context(), tailnode.NetcheckOptions{Timeout: d, NoPortMap: r.FormValue("portmap") == "no"})
+		reply(w, rep, err)
+	})
 	mux.HandleFunc("GET /whois", func(w http.ResponseWriter, r *http.Request) {
 		who, err := n.WhoIs(r.Context(), r.FormValue("addr"))
 		reply(w, who, err)
@@ -200,6 +210,14 @@ func (r *remoteNode) Status(ctx context.Context) (st *tailnode.Status, err error
 
 func (r *remoteNode) DERPMap(ctx context.Context) (dm json.RawMessage, err error) {
 	return dm, r.get(ctx, "/derpmap", nil, &dm)
+}
+
+func (r *remoteNode) Netcheck(ctx context.Context, o tailnode.NetcheckOptions) (rep json.RawMessage, err error) {
+	q := url.Values{"wait": {o.Timeout.String()}}
+	if o.NoPortMap {
+		q.Set("portmap", "no")
+	}
+	return rep, r.get(ctx, "/netcheck", q, &rep)
 }
 
 func (r *remoteNode) WhoIs(ctx context.Context, addr string) (w *tailnode.WhoIsResponse, err error) {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/urfave/cli/v3"
 
+	"github.com/tailnode/tailnode"
 	"github.com/tailnode/tailnode/internal/netcheck"
 	"github.com/tailnode/tailnode/internal/portmap"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -44,7 +45,8 @@ func (a *app) netcheck(ctx context.Context, c *cli.Command) error {
 	if c.NArg() != 0 {
 		return usagef("netcheck takes no argument")
 	}
-	raw, source, err := a.relayMap(ctx, c)
+	raw, source, n, release, err := a.relayMap(ctx, c)
+	defer release()
 	if err != nil {
 		return err
 	}
@@ -52,7 +54,32 @@ func (a *app) netcheck(ctx context.Context, c *cli.Command) error {
 	if err := json.Unmarshal(raw, &dm); err != nil {
 		return fmt.Errorf("the DERP map of %s is not understood: %w", source, err)
 	}
-	cfg := netcheck.Config{Map: &dm, Full: true, Timeout: c.Duration("wait")}
+	if !c.Bool("json") {
+		fmt.Fprintf(a.err, "Measuring the relays of %s …\n", source)
+	}
+	done := a.progress("measuring", func() string { return "" })
+	r, err := a.runNetcheck(ctx, c, n, &dm)
+	done()
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(a.out, r)
+	}
+	return a.printNetcheck(r, &dm)
+}
+
+// runNetcheck has n check its network, or, if that is nil, checks it with sockets of its own.
+func (a *app) runNetcheck(ctx context.Context, c *cli.Command, n joined, dm *tailcfg.DERPMap) (*netcheck.Report, error) {
+	if n != nil {
+		raw, err := n.Netcheck(ctx, tailnode.NetcheckOptions{Timeout: c.Duration("wait"), NoPortMap: c.Bool("no-port-map")})
+		if err != nil {
+			return nil, err
+		}
+		r := new(netcheck.Report)
+		return r, json.Unmarshal(raw, r)
+	}
+	cfg := netcheck.Config{Map: dm, Full: true, Timeout: c.Duration("wait")}
 	if !c.Bool("no-port-map") {
 		pm := portmap.New(portmap.Config{LocalPort: func() uint16 { return 0 }}) // probed, and never asked for a mapping
 		defer pm.Close()
@@ -61,56 +88,44 @@ func (a *app) netcheck(ctx context.Context, c *cli.Command) error {
 			return netcheck.PortMapping(r), err
 		}
 	}
-	if !c.Bool("json") {
-		fmt.Fprintf(a.err, "Measuring the relays of %s …\n", source)
-	}
-	done := a.progress("measuring", func() string { return "" })
-	r, err := netcheck.Run(ctx, cfg)
-	done()
-	if err != nil {
-		return err
-	}
-	if c.Bool("json") {
-		return printJSON(a.out, netcheckJSON(r))
-	}
-	return a.printNetcheck(r, &dm)
+	return netcheck.Run(ctx, cfg)
 }
 
-// relayMap returns the JSON of a DERP map, and whose it is.
-func (a *app) relayMap(ctx context.Context, c *cli.Command) (raw []byte, source string, err error) {
+// relayMap returns the JSON of a DERP map, and whose it is: n, if that is a node. release lets go of it, and is never nil.
+func (a *app) relayMap(ctx context.Context, c *cli.Command) (raw []byte, source string, n joined, release func(), err error) {
+	release = func() {}
 	if where := c.String("derp-map"); where != "" {
 		if strings.HasPrefix(where, "http://") || strings.HasPrefix(where, "https://") {
 			raw, err = fetchMap(ctx, where)
 		} else {
 			raw, err = os.ReadFile(where)
 		}
-		return raw, where, err
+		return raw, where, nil, release, err
 	}
 	dir, err := stateDir(c)
 	if err != nil {
-		return nil, "", err
+		return nil, "", nil, release, err
 	}
 	r := newRemoteNode(filepath.Join(dir, socketName))
-	defer r.close()
 	if raw, err := r.DERPMap(ctx); err == nil {
-		return raw, "the node that runs", nil
+		return raw, "the node that runs", r, r.close, nil
 	}
+	r.close()
 	files, _ := os.ReadDir(dir)
 	if len(files) == 0 && c.String("auth-key") == "" { // no node
 		control := strings.TrimSuffix(cmp.Or(c.String("control-url"), defaultControl), "/")
 		raw, err := fetchMap(ctx, control+"/derpmap/default")
 		if err != nil {
-			return nil, "", fmt.Errorf("there is no node in %s, and no public map of relays (%w): use --derp-map, or join with \"tailnode up\" first", dir, err)
+			return nil, "", nil, release, fmt.Errorf("there is no node in %s, and no public map of relays (%w): use --derp-map, or join with \"tailnode up\" first", dir, err)
 		}
-		return raw, control, nil
+		return raw, control, nil, release, nil
 	}
-	n, release, err := a.attach(ctx, c)
+	n, release, err = a.attach(ctx, c)
 	if err != nil {
-		return nil, "", err
+		return nil, "", nil, func() {}, err
 	}
-	defer release()
 	raw, err = n.DERPMap(ctx)
-	return raw, "this node", err
+	return raw, "this node", n, release, err
 }
 
 func fetchMap(ctx context.Context, url string) ([]byte, error) {
@@ -130,45 +145,6 @@ func fetchMap(ctx context.Context, url string) ([]byte, error) {
 		return nil, fmt.Errorf("%s: %s", url, resp.Status)
 	}
 	return io.ReadAll(io.LimitReader(resp.Body, 4<<20))
-}
-
-// netcheckReport has the names that upstream's "netcheck --format=json" has. Durations are nanoseconds, and what is not known is null.
-type netcheckReport struct {
-	UDP, IPv4, IPv6       bool
-	GlobalV4, GlobalV6    string
-	MappingVariesByDestIP *bool
-	HairPinning           *bool
-	UPnP, PMP, PCP        *bool
-	CaptivePortal         *bool
-	PreferredDERP         int
-	RegionLatency         map[int]time.Duration
-	RegionV4Latency       map[int]time.Duration
-	RegionV6Latency       map[int]time.Duration
-	RegionHTTPSLatency    map[int]time.Duration
-}
-
-func netcheckJSON(r *netcheck.Report) *netcheckReport {
-	addr := func(ap netip.AddrPort) string {
-		if !ap.IsValid() {
-			return ""
-		}
-		return ap.String()
-	}
-	return &netcheckReport{
-		UDP: r.UDP, IPv4: r.IPv4, IPv6: r.IPv6,
-		GlobalV4: addr(r.GlobalV4), GlobalV6: addr(r.GlobalV6),
-		MappingVariesByDestIP: known(r.MappingVaries), HairPinning: known(r.Hairpin),
-		UPnP: known(r.UPnP), PMP: known(r.PMP), PCP: known(r.PCP), CaptivePortal: known(r.CaptivePortal),
-		PreferredDERP: r.Home, RegionLatency: r.Latency, RegionV4Latency: r.LatencyV4, RegionV6Latency: r.LatencyV6, RegionHTTPSLatency: r.LatencyHTTPS,
-	}
-}
-
-func known(b tailcfg.OptBool) *bool {
-	v, ok := b.Get()
-	if !ok {
-		return nil
-	}
-	return &v
 }
 
 func yesNo(b tailcfg.OptBool, yes, no string) string {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tailnode/tailnode/internal/netcheck"
 	"github.com/tailnode/tailnode/relay"
 )
 
@@ -30,8 +31,8 @@ func TestNetcheck(t *testing.T) {
 	}
 	stop()
 	code, out, errs = command(t, "", "netcheck", "--no-port-map", "--json", "--dir", dir)
-	var r netcheckReport
-	if err := json.Unmarshal([]byte(out), &r); code != 0 || err != nil || errs != "" || !r.UDP || !r.IPv4 || r.PCP != nil || r.HairPinning == nil || len(r.RegionLatency) != 1 || r.RegionLatency[r.PreferredDERP] <= 0 {
+	var r netcheck.Report
+	if err := json.Unmarshal([]byte(out), &r); code != 0 || err != nil || errs != "" || !r.UDP || !r.IPv4 || r.PCP != "" || r.Hairpin == "" || len(r.Latency) != 1 || r.Latency[r.Home] <= 0 {
 		t.Errorf("exit code %d, %v: %s%s", code, err, out, errs)
 	}
 }

@@ -73,6 +73,7 @@ type Engine struct {
 	flows *filter.Flows
 	waits waits
 	dns   resolver
+	stun  stunTap
 
 	netmap atomic.Pointer[netmap.Map]
 	filter atomic.Pointer[filter.Filter]

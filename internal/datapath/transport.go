@@ -58,6 +58,8 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	pc := path.Config{
 		NodeKey:   k.Public(),
 		DiscoKey:  e.cfg.DiscoKey,
+		FixedPort: e.cfg.Port,
+		STUN:      e.stun.deliver,
 		Relay:     t.relays,
 		NewSink:   func() path.Sink { return t.newSink() },
 		Endpoints: e.cfg.Endpoints,

@@ -45,6 +45,8 @@ type Config struct {
 	Timeout            time.Duration // of a mapping without outgoing traffic; 0: 2 minutes (RFC 4787 REQ-5)
 	PreservePort       bool          // the outside port is the inside one if free
 	BlockUDP           bool          // nothing gets out or in
+	// Forward holds static mappings, from outside ports to inside sockets, as people make them for a server.
+	Forward map[uint16]netip.AddrPort
 }
 
 // NAT is one box. It is not safe for concurrent use.
@@ -53,6 +55,13 @@ type NAT struct {
 	next uint16
 	maps map[flow]*mapping
 	ext  map[netip.AddrPort]*mapping
+	fwd  map[flow]forwarded // what has come in by a static mapping, by inside socket and remote
+}
+
+// forwarded is a conversation that began outside, over a static mapping.
+type forwarded struct {
+	ext  netip.AddrPort
+	used time.Time
 }
 
 // flow is an inside socket and that of the remote one on which the decision depends.
@@ -83,6 +92,7 @@ func (n *NAT) Config() Config { return n.cfg }
 func (n *NAT) Rebind() {
 	n.maps = make(map[flow]*mapping)
 	n.ext = make(map[netip.AddrPort]*mapping)
+	n.fwd = make(map[flow]forwarded)
 }
 
 // SetBlockUDP changes whether UDP passes.
@@ -103,6 +113,11 @@ func (b Behaviour) regard(remote netip.AddrPort) netip.AddrPort {
 func (n *NAT) Out(now time.Time, inside, remote netip.AddrPort) (netip.AddrPort, bool) {
 	if n.cfg.BlockUDP {
 		return inside, false
+	}
+	if f, ok := n.fwd[flow{inside, remote}]; ok && now.Sub(f.used) < n.cfg.Timeout {
+		f.used = now
+		n.fwd[flow{inside, remote}] = f
+		return f.ext, true
 	}
 	k := flow{inside, n.cfg.Mapping.regard(remote)}
 	if !n.cfg.Outside.IsValid() {
@@ -137,6 +152,9 @@ func (n *NAT) drop(m *mapping) {
 // port finds a free outside port.
 func (n *NAT) port(now time.Time, inside uint16) (netip.AddrPort, bool) {
 	free := func(p uint16) (netip.AddrPort, bool) {
+		if _, taken := n.cfg.Forward[p]; taken {
+			return netip.AddrPort{}, false
+		}
 		ap := netip.AddrPortFrom(n.cfg.Outside, p)
 		m := n.ext[ap]
 		if m != nil && now.Sub(m.used) >= n.cfg.Timeout {
@@ -165,6 +183,10 @@ func (n *NAT) port(now time.Time, inside uint16) (netip.AddrPort, bool) {
 // In translates the destination of a datagram from remote to ext, an outside address of the box (of a
 // firewall: to an address behind it).
 func (n *NAT) In(now time.Time, remote, ext netip.AddrPort) (netip.AddrPort, bool) {
+	if to, ok := n.cfg.Forward[ext.Port()]; ok && ext.Addr() == n.cfg.Outside && !n.cfg.BlockUDP {
+		n.fwd[flow{to, remote}] = forwarded{ext, now}
+		return to, true
+	}
 	m := n.ext[ext]
 	if m == nil || n.cfg.BlockUDP || now.Sub(m.used) >= n.cfg.Timeout {
 		return ext, false

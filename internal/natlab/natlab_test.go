@@ -95,6 +95,34 @@ func TestTimeoutRebindPreserveBlock(t *testing.T) {
 	}
 }
 
+func TestForward(t *testing.T) {
+	cfg := home(AddressAndPortDependent, AddressAndPortDependent)
+	server := ap("192.168.1.2:7000")
+	cfg.Forward = map[uint16]netip.AddrPort{41641: server}
+	cfg.PreservePort = true
+	n := NewNAT(cfg)
+	remote, other := ap("198.51.100.1:1"), ap("198.51.100.2:1")
+	if got, ok := n.In(start, remote, ap("203.0.113.1:41641")); !ok || got != server {
+		t.Fatalf("%v, %v", got, ok)
+	}
+	if ext, ok := n.Out(start, server, remote); !ok || ext.Port() != 41641 {
+		t.Errorf("answered from %v", ext)
+	}
+	if ext, ok := n.Out(start, server, other); !ok || ext.Port() == 41641 {
+		t.Errorf("of its own accord from %v", ext)
+	}
+	if ext, _ := n.Out(start, ap("192.168.1.3:41641"), other); ext.Port() == 41641 {
+		t.Error("another has the port")
+	}
+	if ext, _ := n.Out(start.Add(3*time.Minute), server, remote); ext.Port() == 41641 {
+		t.Error("a conversation without end")
+	}
+	n.SetBlockUDP(true)
+	if _, ok := n.In(start, remote, ap("203.0.113.1:41641")); ok {
+		t.Error("blocked UDP got in")
+	}
+}
+
 // TestLab sends datagrams between hosts of a small Internet. Each step is one datagram; want is whether it arrives.
 func TestLab(t *testing.T) {
 	lab := New(func() time.Time { return start })

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -112,8 +113,8 @@ func (c *check) findHairpin(server, first netip.AddrPort) {
 
 // latencyCheck measures how long the relay at the other end of conn takes to answer an HTTPS request: one round trip, and
 // proof that it is the relay which answers.
-func latencyCheck(ctx context.Context, conn net.Conn, n *tailcfg.DERPNode) (time.Duration, error) {
-	tc := tls.Client(conn, tlsConfig(n))
+func latencyCheck(ctx context.Context, conn net.Conn, n *tailcfg.DERPNode, roots *x509.CertPool) (time.Duration, error) {
+	tc := tls.Client(conn, tlsConfig(n, roots))
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return 0, err
 	}
@@ -146,8 +147,8 @@ func host(n *tailcfg.DERPNode) string {
 }
 
 // tlsConfig verifies the relay as its entry in the map wants it (docs/protocol/derp.md).
-func tlsConfig(n *tailcfg.DERPNode) *tls.Config {
-	cfg := &tls.Config{ServerName: n.HostName, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
+func tlsConfig(n *tailcfg.DERPNode, roots *x509.CertPool) *tls.Config {
+	cfg := &tls.Config{ServerName: n.HostName, RootCAs: roots, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
 	if pin, pinned := strings.CutPrefix(n.CertName, "sha256-raw:"); pinned {
 		want, err := hex.DecodeString(pin)
 		cfg.InsecureSkipVerify = true // VerifyConnection does it

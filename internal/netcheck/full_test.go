@@ -12,10 +12,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -165,6 +167,52 @@ func TestFull(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestProxied: where only an HTTP proxy leads out, relays are measured through it, by their names.
+func TestProxied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dm := derpMap(
+			region(1, &tailcfg.DERPNode{HostName: "far.example", IPv4: addr(1), IPv6: "none", CertName: pin()}),
+			region(2, &tailcfg.DERPNode{HostName: "near.example", IPv4: addr(2), IPv6: "none", CertName: pin()}))
+		b := newBed(t, dm, nil)
+		defer b.close()
+		b.udp = false
+		b.relay(t, 1, 60*ms, false)
+		b.relay(t, 2, 20*ms, false)
+		out := b.net.Host("192.0.2.200") // the proxy's leg to the Internet
+		cfg := b.config(dm)
+		cfg.Full = true
+		cfg.Proxy = func(u *url.URL) (*url.URL, error) { return &url.URL{Scheme: "http", Host: "proxy.example:3128"}, nil }
+		cfg.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if address != "proxy.example:3128" {
+				return nil, errors.New("no way but by the proxy")
+			}
+			near, far := net.Pipe()
+			go func() {
+				defer far.Close()
+				br := bufio.NewReader(far)
+				req, err := http.ReadRequest(br)
+				if err != nil {
+					return
+				}
+				to := map[string]string{"far.example:443": addr(1), "near.example:443": addr(2)}[req.Host]
+				c, err := out.DialContext(ctx, "tcp", to+":443")
+				if err != nil {
+					return
+				}
+				defer c.Close()
+				io.WriteString(far, "HTTP/1.1 200 OK\r\n\r\n")
+				go io.Copy(c, br)
+				io.Copy(far, c)
+			}()
+			return near, nil
+		}
+		r, err := Run(t.Context(), cfg)
+		if err != nil || r.Home != 2 || len(r.LatencyHTTPS) != 2 || r.LatencyHTTPS[2] >= r.LatencyHTTPS[1] {
+			t.Errorf("%+v, %v", r, err)
+		}
+	})
 }
 
 // shared is a socket that its owner reads and lends out.

@@ -10,7 +10,9 @@
 package netcheck
 
 import (
+	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net"
@@ -20,6 +22,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailnode/tailnode/internal/proxy"
 	"github.com/tailnode/tailnode/internal/stun"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -35,6 +38,8 @@ const defaultSTUNPort = 3478
 
 // ErrNoRegion reports a DERP map without a region that may be home.
 var ErrNoRegion = errors.New("netcheck: no relay region may be home")
+
+var errNoAddress = errors.New("netcheck: the relay's name has no address")
 
 // Config is what a check needs. The functions may be nil for the system's own.
 type Config struct {
@@ -58,8 +63,12 @@ type Config struct {
 
 	ListenPacket func(ctx context.Context, network, address string) (net.PacketConn, error)
 	DialContext  func(ctx context.Context, network, address string) (net.Conn, error)
-	LookupNetIP  func(ctx context.Context, network, host string) ([]netip.Addr, error)
-	Logger       *slog.Logger // nil: silent
+	// Roots verify relays, and a proxy that is reached by TLS; nil: the system's.
+	Roots *x509.CertPool
+	// Proxy says by which HTTP proxy a relay's TCP port is reached; nil: as the environment says.
+	Proxy       proxy.Func
+	LookupNetIP func(ctx context.Context, network, host string) ([]netip.Addr, error)
+	Logger      *slog.Logger // nil: silent
 }
 
 // Transport is a pair of sockets that somebody else reads, such as those by which a node reaches its peers.
@@ -523,11 +532,42 @@ func (c *check) take(k Kind, b []byte, now time.Time) {
 // connect measures a TCP connection, which takes one round trip, or in a full check the relay's answer to an HTTPS request.
 func (c *check) connect(p Probe) {
 	n := p.Node
+	conn, d, err := c.dialRelay(n)
+	if err != nil {
+		c.cfg.Logger.Debug("netcheck: TCP", "region", p.Region, "err", err)
+		c.fail()
+		return
+	}
+	if c.cfg.Full {
+		stop := context.AfterFunc(c.ctx, func() { conn.Close() })
+		d, err = latencyCheck(c.ctx, conn, n, c.cfg.Roots)
+		stop()
+	}
+	conn.Close()
+	if err != nil {
+		c.cfg.Logger.Debug("netcheck: HTTPS", "region", p.Region, "err", err)
+		c.fail()
+		return
+	}
+	c.answers <- answer{region: p.Region, kind: TCP, d: d}
+}
+
+// dialRelay opens a stream to the relay's TCP port, through a proxy where the node would, and says how long that took.
+func (c *check) dialRelay(n *tailcfg.DERPNode) (conn net.Conn, took time.Duration, err error) {
 	port := n.DERPPort
 	if port == 0 {
 		port = 443
 	}
 	host := n.HostName
+	px, err := c.cfg.Proxy.For(cmp.Or(host, n.IPv4, n.IPv6), false)
+	if err != nil {
+		return nil, 0, err
+	}
+	if px != nil {
+		start := time.Now()
+		conn, err = proxy.Dial(c.ctx, c.cfg.DialContext, px, c.cfg.Roots, net.JoinHostPort(cmp.Or(host, n.IPv4, n.IPv6), strconv.Itoa(port)))
+		return conn, time.Since(start), err
+	}
 	network := "tcp"
 	switch a4, err4 := netip.ParseAddr(n.IPv4); {
 	case err4 == nil:
@@ -545,29 +585,15 @@ func (c *check) connect(p Probe) {
 		addr = netip.AddrPortFrom(a, uint16(port))
 	} else {
 		addrs, err := c.cfg.LookupNetIP(c.ctx, "ip"+network[3:], host)
-		if err != nil || len(addrs) == 0 {
-			c.fail()
-			return
+		if err == nil && len(addrs) == 0 {
+			err = errNoAddress
+		}
+		if err != nil {
+			return nil, 0, err
 		}
 		addr = netip.AddrPortFrom(addrs[0].Unmap(), uint16(port))
 	}
 	start := time.Now()
-	conn, err := c.cfg.DialContext(c.ctx, "tcp", addr.String())
-	if err != nil {
-		c.fail()
-		return
-	}
-	d := time.Since(start)
-	if c.cfg.Full {
-		stop := context.AfterFunc(c.ctx, func() { conn.Close() })
-		d, err = latencyCheck(c.ctx, conn, n)
-		stop()
-	}
-	conn.Close()
-	if err != nil {
-		c.cfg.Logger.Debug("netcheck: HTTPS", "region", p.Region, "err", err)
-		c.fail()
-		return
-	}
-	c.answers <- answer{region: p.Region, kind: TCP, d: d}
+	conn, err = c.cfg.DialContext(c.ctx, "tcp", addr.String())
+	return conn, time.Since(start), err
 }

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/tailnode/tailnode/internal/memnet"
+	"github.com/tailnode/tailnode/internal/proxy"
 	"github.com/tailnode/tailnode/internal/stun"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -244,6 +245,7 @@ func (b *bed) config(dm *tailcfg.DERPMap) Config {
 			return pc, nil
 		},
 		DialContext: b.host.DialContext,
+		Proxy:       proxy.None,
 		LookupNetIP: func(ctx context.Context, network, host string) ([]netip.Addr, error) {
 			return nil, errors.New("no such host")
 		},

@@ -39,14 +39,9 @@ func (n *Node) chooseHome() {
 			continue
 		}
 		home := n.engine.Home()
-		rep, err := netcheck.Run(n.ctx, netcheck.Config{
-			Map:         st.Netmap.DERPMap,
-			Home:        home,
-			HomeAlive:   n.engine.RelayConnected(home),
-			Last:        last,
-			DialContext: n.cfg.Dial,
-			Logger:      n.log,
-		})
+		cfg := n.netcheckConfig(st.Netmap.DERPMap)
+		cfg.Last = last
+		rep, err := netcheck.Run(n.ctx, cfg)
 		if err != nil {
 			if n.ctx.Err() == nil {
 				n.log.Warn("no home relay", "err", err)
@@ -61,6 +56,41 @@ func (n *Node) chooseHome() {
 		n.awaitRelay()
 		n.tellControl(rep.NetInfo())
 	}
+}
+
+// netcheckConfig is a check's over the node's own sockets, so that what it finds is true of those that carry traffic.
+func (n *Node) netcheckConfig(dm *tailcfg.DERPMap) netcheck.Config {
+	home := n.engine.Home()
+	return netcheck.Config{
+		Map:         dm,
+		Home:        home,
+		HomeAlive:   n.engine.RelayConnected(home),
+		Transport:   n.engine.STUN(),
+		DialContext: n.cfg.Dial,
+		Roots:       n.cfg.RootCA,
+		Logger:      n.log,
+	}
+}
+
+// Netcheck makes a full check of the network, which takes at most timeout, 0 for the default; portMap has the router asked
+// what it maps, unless the node does without that. It blocks until then, or until ctx ends or the node is closed.
+func (n *Node) Netcheck(ctx context.Context, timeout time.Duration, portMap bool) (*netcheck.Report, error) {
+	st, err := n.Await(ctx, func(st Status) (bool, error) { return st.Netmap != nil && st.Netmap.DERPMap != nil, nil })
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(n.ctx, func() { cancel(errNodeClosed) })()
+	cfg := n.netcheckConfig(st.Netmap.DERPMap)
+	cfg.Full, cfg.Timeout = true, timeout
+	if portMap {
+		cfg.PortMap = func(ctx context.Context) (netcheck.PortMapping, error) {
+			r, err := n.ports.Probe(ctx)
+			return netcheck.PortMapping(r), err
+		}
+	}
+	return netcheck.Run(ctx, cfg)
 }
 
 // awaitRelay waits a moment for the home relay: peers that hear of it send their first packet

@@ -2,6 +2,7 @@ package path
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -21,7 +22,7 @@ type internet struct {
 	t     *testing.T
 	net   *memnet.Network
 	lab   *natlab.Lab
-	stun  *memnet.PacketConn
+	stuns []netip.AddrPort
 	wg    sync.WaitGroup
 	relay time.Duration // one way
 	down  func() bool   // the relay does not deliver; nil: never
@@ -38,27 +39,32 @@ func newInternet(t *testing.T) *internet {
 	w.net = memnet.New(1, memnet.Link{Latency: 5 * time.Millisecond})
 	w.lab = natlab.New(nil)
 	w.net.SetRouter(w.lab)
-	var err error
-	if w.stun, err = w.net.Host("9.9.9.9").ListenPacket("udp4", ":3478"); err != nil {
-		t.Fatal(err)
+	t.Cleanup(w.wg.Wait)
+	w.server(netip.MustParseAddrPort(stunAddr))
+	return w
+}
+
+// server starts a STUN server, which nodes made from now on ask.
+func (w *internet) server(at netip.AddrPort) {
+	w.t.Helper()
+	pc, err := w.net.Host(at.Addr().String()).ListenPacket("udp4", fmt.Sprintf(":%d", at.Port()))
+	if err != nil {
+		w.t.Fatal(err)
 	}
+	w.stuns = append(w.stuns, at)
+	w.t.Cleanup(func() { pc.Close() })
 	w.wg.Go(func() {
 		b := make([]byte, 1500)
 		for {
-			n, src, err := w.stun.ReadFromUDPAddrPort(b)
+			n, src, err := pc.ReadFromUDPAddrPort(b)
 			if err != nil {
 				return
 			}
 			if tx, err := stun.ParseRequest(b[:n]); err == nil {
-				w.stun.WriteToUDPAddrPort(stun.AppendResponse(nil, tx, src), src)
+				pc.WriteToUDPAddrPort(stun.AppendResponse(nil, tx, src), src)
 			}
 		}
 	})
-	t.Cleanup(func() {
-		w.stun.Close()
-		w.wg.Wait()
-	})
-	return w
 }
 
 // inode is a node on the internet: a Manager, its sockets, and what WireGuard would be.
@@ -86,13 +92,14 @@ type inode struct {
 type nodeOpts struct {
 	noSTUN bool
 	noUDP  bool
+	port   uint16 // fixed
 }
 
 func (w *internet) node(o nodeOpts, addrs ...string) *inode {
 	w.t.Helper()
 	n := &inode{w: w, key: key.NewNode().Public(), disco: key.NewDisco(), received: make(map[uint32]bool)}
 	n.host = w.net.Host(addrs...)
-	cfg := Config{NodeKey: n.key, DiscoKey: n.disco, Relay: n, NewSink: func() Sink { return &isink{n} },
+	cfg := Config{FixedPort: o.port, NodeKey: n.key, DiscoKey: n.disco, Relay: n, NewSink: func() Sink { return &isink{n} },
 		Endpoints: func(eps []Endpoint) {
 			n.mu.Lock()
 			n.eps = eps
@@ -108,7 +115,7 @@ func (w *internet) node(o nodeOpts, addrs ...string) *inode {
 		}}
 	if !o.noUDP {
 		var err error
-		n.socks, err = udp.Open(udp.Config{Listen: func(network, address string) (udp.PacketConn, error) {
+		n.socks, err = udp.Open(udp.Config{Port: o.port, Listen: func(network, address string) (udp.PacketConn, error) {
 			c, err := n.host.ListenPacket(network, address)
 			if err != nil {
 				return nil, err
@@ -136,7 +143,7 @@ func (w *internet) node(o nodeOpts, addrs ...string) *inode {
 	}
 	m.SetLocal(local)
 	if !o.noSTUN {
-		m.SetSTUN([]netip.AddrPort{netip.MustParseAddrPort(stunAddr)})
+		m.SetSTUN(w.stuns)
 	}
 	w.mu.Lock()
 	w.nodes[n.key] = n

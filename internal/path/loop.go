@@ -85,6 +85,7 @@ func (m *Manager) loop() {
 	o := &owner{m: m, active: make(map[*Peer]*active)}
 	if u := m.cfg.UDP; u != nil {
 		o.self.v4, o.self.v6 = u.Ports()
+		o.self.fixed = m.cfg.FixedPort
 	}
 	timer := time.NewTimer(time.Hour)
 	timer.Stop()

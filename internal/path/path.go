@@ -80,6 +80,12 @@ type Config struct {
 	NewSink  func() Sink // called once for each receive loop
 	// UDP sends to peers directly; nil: relays only. What it receives goes to [Manager.FromUDP].
 	UDP UDP
+	// FixedPort is the port that somebody has chosen for the sockets, 0 for none: behind a NAT whose mappings vary, a static
+	// mapping to it may be guessed at.
+	FixedPort uint16
+	// STUN, if not nil, is told of each STUN message that comes over UDP. It runs on the receive loops, must not block, and
+	// must not keep b.
+	STUN func(src netip.AddrPort, b []byte)
 	// Endpoints, if not nil, is told where this node may be reached whenever that changes. It runs on the
 	// Manager's goroutine: it must not block, nor wait for the Manager. eps is its own.
 	Endpoints func(eps []Endpoint)

@@ -46,6 +46,7 @@ type self struct {
 	local   []netip.Addr
 	mapped  []Endpoint
 	v4, v6  uint16
+	fixed   uint16 // the port that was asked for, 0: any
 
 	public []netip.AddrPort // as of the last round with an answer
 	fresh  time.Time        // when that was
@@ -163,6 +164,9 @@ func (s *self) endpoints() []Endpoint {
 	for _, ap := range s.public {
 		add(ap, tailcfg.EndpointSTUN)
 	}
+	if ap, ok := s.guess(); ok {
+		add(ap, tailcfg.EndpointSTUN4LocalPort)
+	}
 	local := func(a netip.Addr) {
 		if a = a.Unmap(); a.Is4() && s.v4 != 0 {
 			add(netip.AddrPortFrom(a, s.v4), tailcfg.EndpointLocal)
@@ -178,6 +182,25 @@ func (s *self) endpoints() []Endpoint {
 		local(netip.IPv6Loopback())
 	}
 	return out
+}
+
+// guess returns where a static mapping would lead to: behind a NAT whose mappings vary by destination, somebody who
+// chose the port may have told the router to forward it.
+func (s *self) guess() (netip.AddrPort, bool) {
+	if s.fixed == 0 || s.fixed != s.v4 {
+		return netip.AddrPort{}, false
+	}
+	var first netip.AddrPort
+	for _, ap := range s.public { // one for each mapping that a server has seen
+		switch {
+		case !ap.Addr().Is4():
+		case !first.IsValid():
+			first = ap
+		default:
+			return netip.AddrPortFrom(first.Addr(), s.v4), true
+		}
+	}
+	return netip.AddrPort{}, false
 }
 
 // probeSelf starts a round of STUN requests.

@@ -226,6 +226,9 @@ func (m *Manager) discoFromUDP(src netip.AddrPort, b []byte) {
 func (m *Manager) stunIn(src netip.AddrPort, b []byte) {
 	if len(b) > 512 || m.stunWant.Add(-1) < 0 {
 		m.stunWant.Add(1)
+	if f := m.cfg.STUN; f != nil {
+		f(src, b)
+	}
 		return
 	}
 	select {

@@ -69,6 +69,7 @@ func TestHomeAndOthers(t *testing.T) {
 		if d := time.Since(idle); d < 60*time.Second || d > 80*time.Second {
 			t.Errorf("dropped after %v", d)
 		}
+		synctest.Wait() // its goroutine ends after it has told
 		st := rs.Stats()
 		if !st[0].Connected || !st[0].Home || st[1].Connected || st[1].Connecting || st[1].Sent != 3 || st[1].SentBytes != 5 {
 			t.Errorf("%+v", st)
