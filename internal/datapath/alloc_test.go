@@ -4,9 +4,9 @@ import (
 	"net/netip"
 	"testing"
 	"time"
-)
 
-var raceEnabled bool // set by race_test.go: a sync.Pool forgets on purpose then
+	"github.com/tailnode/tailnode/internal/budget"
+)
 
 // TestWholePathAllocations counts what a datagram allocates from one program to another: stack, filter, WireGuard,
 // path, socket, and all of it back up again. gVisor allocates seven times, and nobody else at all.
@@ -36,9 +36,7 @@ func TestWholePathAllocations(t *testing.T) {
 		}
 	}
 	one() // the handshake
-	if n := testing.AllocsPerRun(2000, one); n > 7 && !raceEnabled {
-		t.Errorf("%v allocations per datagram, want no more than gVisor's 7", n)
-	}
+	budget.Check(t, "allocs.datagram", testing.AllocsPerRun(2000, one))
 }
 
 // BenchmarkDatagram is the way of a datagram from one program to another and the answer's way back.
