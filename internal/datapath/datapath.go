@@ -155,6 +155,9 @@ func (e *Engine) SetNetmap(m *netmap.Map, ch netmap.Change) error {
 	if first || ch.Filter || ch.Self {
 		e.setFilter(m)
 	}
+	if first || ch.Self {
+		e.stack.SetAddresses(selfAddrs(m)) // before a peer can get in: what came earlier would be lost
+	}
 	e.netmap.Store(m)
 	t := e.trans.Load()
 	if first || ch.DERPMap {
@@ -162,9 +165,6 @@ func (e *Engine) SetNetmap(m *netmap.Map, ch netmap.Change) error {
 		e.kickSTUN()
 	}
 	t.setPeers(m, ch, first)
-	if first || ch.Self {
-		e.stack.SetAddresses(selfAddrs(m))
-	}
 	return nil
 }
 

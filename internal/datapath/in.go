@@ -32,7 +32,7 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 	m := s.t.e.netmap.Load()
 	plain, wp, err := s.t.dev.Receive(s.inbox.Room(len(b)), b, &s.reply)
 	if err != nil {
-		if errors.Is(err, wg.ErrUnknownPeer) && s.t.knocks.add(src, b) && s.t.e.netmap.Load() != m {
+		if errors.Is(err, wg.ErrUnknownPeer) && s.t.knocks.add(now(), src, b) && s.t.e.netmap.Load() != m {
 			s.t.answerKnocks() // the netmap that knows the sender may have come in between
 		}
 		return // not authentic, or from nobody that the netmap knows

@@ -3,7 +3,6 @@ package datapath
 import (
 	"fmt"
 	"sync"
-	"time"
 
 	"github.com/tailnode/tailnode/internal/derp/client"
 	"github.com/tailnode/tailnode/internal/key"
@@ -32,7 +31,6 @@ type peer struct {
 	wg    *wg.Peer
 	path  *path.Peer
 	disco key.DiscoPublic // of the process that the session is with; guarded by t.mu
-	back  *time.Timer     // until it is called back, see wanted; guarded by t.mu
 }
 
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
@@ -47,7 +45,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
 	}
-	feed := &relayFeed{told: e.cfg.RelayState}
+	feed := &relayFeed{t: t, told: e.cfg.RelayState}
 	t.relays = client.NewRegions(client.RegionsConfig{
 		PrivateKey: k,
 		Dial:       e.cfg.Dial,
@@ -58,18 +56,13 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	pc := path.Config{
 		NodeKey:   k.Public(),
 		DiscoKey:  e.cfg.DiscoKey,
-		FixedPort: e.cfg.Port,
-		STUN:      e.stun.deliver,
 		Relay:     t.relays,
 		NewSink:   func() path.Sink { return t.newSink() },
+		FixedPort: e.cfg.Port,
+		STUN:      e.stun.deliver,
 		Endpoints: e.cfg.Endpoints,
-		DirectUp: func(p *path.Peer, relayed bool) {
-			if !relayed { // else an initiation is on its way already, and a second would undo it
-				t.pathUp(p.Public())
-			}
-		},
-		Wanted: func(p *path.Peer) { t.wanted(p.Public()) },
-		Logger: e.log,
+		Alive:     t.alive,
+		Logger:    e.log,
 	}
 	if e.direct != nil {
 		pc.UDP = e.direct.socks
@@ -87,7 +80,6 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 func (t *transport) close() {
 	t.relays.Close()
 	t.paths.Close()
-	t.stopCallBacks()
 	t.dev.Close()
 }
 
@@ -144,7 +136,9 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 		was := t.paths.Path(n.Key)
 		t.paths.UpsertPeer(peerInfo(n))
 		if now := t.paths.Path(n.Key); now.Region != was.Region || now.Addr != was.Addr {
-			t.pathUp(n.Key)
+			if p := t.known(n.Key); p != nil {
+				p.wg.Alive(0) // there is a new way to it
+			}
 		}
 		t.restarted(n)
 	}
@@ -152,37 +146,6 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 		t.paths.UpsertPeer(peerInfo(n))
 	}
 	t.answerKnocks()
-}
-
-// pathUp lets a handshake that waits for its time-out go on: there is a new way to the peer.
-func (t *transport) pathUp(pub key.NodePublic) {
-	t.mu.RLock()
-	p := t.peers[pub]
-	t.mu.RUnlock()
-	if p != nil {
-		p.wg.PathUp()
-	}
-}
-
-// restarted renews the session with a peer whose disco key is another than before. A process has one
-// disco key, so the peer's is a new one, which knows nothing of the session.
-func (t *transport) restarted(n *netmap.Node) {
-	if n.DiscoKey.IsZero() {
-		return
-	}
-	t.mu.Lock()
-	p := t.peers[n.Key]
-	renew := p != nil && p.disco != n.DiscoKey
-	if renew {
-		renew = !p.disco.IsZero()
-		p.disco = n.DiscoKey
-	}
-	t.mu.Unlock()
-	if renew {
-		if err := p.wg.Renew(); err != nil {
-			t.e.log.Debug("peer restarted", "peer", n.Key.ShortString(), "err", err)
-		}
-	}
 }
 
 func (t *transport) remove(pub key.NodePublic) {
@@ -210,6 +173,7 @@ func peerInfo(n *netmap.Node) path.PeerInfo {
 // relayFeed hands what relays deliver to the path manager.
 type relayFeed struct {
 	*path.Manager
+	t    *transport
 	told func(region int, connected bool, err error) // may be nil
 }
 
@@ -217,6 +181,7 @@ func (f *relayFeed) Packet(region int, src key.NodePublic, b []byte) { f.FromRel
 func (f *relayFeed) Flush(region int)                                { f.FlushRelay(region) }
 func (f *relayFeed) PeerGone(region int, peer key.NodePublic, reason byte) {
 	f.Manager.PeerGone(region, peer, reason)
+	f.t.gone(peer)
 }
 func (f *relayFeed) State(region int, connected bool, err error) {
 	f.RelayState(region, connected, err)

@@ -140,10 +140,14 @@ func (o *owner) handle(now time.Time, ev event) {
 			return
 		}
 		o.plain = plain
-		if b := o.message(now, a, ev.src, plain); b != a && b != nil {
+		b, looks := o.message(now, a, ev.src, plain)
+		if b != a && b != nil {
 			o.run(now, b)
 		}
 		o.run(now, a)
+		if f := o.m.cfg.Alive; f != nil && b != nil {
+			f(b.p, looks)
+		}
 	case evStun:
 		o.m.stunWant.Add(1)
 		o.self.answer(now, ev.src.Addr, ev.pkt)
@@ -228,41 +232,41 @@ func (o *owner) setSelf(now time.Time, servers []netip.AddrPort, local []netip.A
 }
 
 // message acts on an authenticated message from the holder of a's disco key. Those that do not parse, and types
-// that have no use here, are ignored: they may come from a newer node. It returns the peer that the message is from: another
-// than a if several have the key.
-func (o *owner) message(now time.Time, a *active, src Source, plain []byte) *active {
+// that have no use here, are ignored: they may come from a newer node. It returns the peer that the message is from, another
+// than a if several have the key, and whether the peer looks for paths to this node.
+func (o *owner) message(now time.Time, a *active, src Source, plain []byte) (from *active, looks bool) {
 	typ, version, body, err := disco.Split(plain)
 	if err != nil {
-		return a
+		return a, false
 	}
-	from := via{region: uint16(src.Region), addr: src.Addr}
+	way := via{region: uint16(src.Region), addr: src.Addr}
 	switch typ {
 	case disco.TypePing:
 		m, err := disco.ParsePing(body)
 		if err != nil {
-			return a
+			return a, false
 		}
 		observed := src.Addr
 		if src.Region != 0 {
 			observed = netip.AddrPortFrom(derpMagic, uint16(src.Region))
 		} else if a = o.sender(now, a, &m); a == nil {
-			return a
+			return nil, false
 		}
-		a.mc.gotPing(now, from, observed, &m)
+		a.mc.gotPing(now, way, observed, &m)
 		if src.Region == 0 && o.m.cfg.UDP != nil {
 			a.p.pinged.Store(&route{addr: src.Addr, until: o.m.now() + int64(pingedFor)})
 		}
-		o.wanted(a)
+		looks = true
 	case disco.TypePong:
 		m, err := disco.ParsePong(body)
 		if err != nil {
-			return a
+			return a, false
 		}
-		rtt := a.mc.gotPong(now, from, &m)
+		rtt := a.mc.gotPong(now, way, &m)
 		if rtt == 0 && src.Region == 0 {
 			for _, p := range o.siblings(a.disco) { // the ping may have been for another node with that key
 				if b := o.active[p]; b != nil && b != a && b.disco == a.disco {
-					if rtt = b.mc.gotPong(now, from, &m); rtt > 0 {
+					if rtt = b.mc.gotPong(now, way, &m); rtt > 0 {
 						a = b
 						break
 					}
@@ -278,16 +282,10 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) *act
 	case disco.TypeCallMeMaybe:
 		if src.Region != 0 && o.m.cfg.UDP != nil {
 			a.mc.callMeMaybe(now, disco.ParseCallMeMaybe(version, body, nil).Endpoints)
-			o.wanted(a)
+			looks = true
 		}
 	}
-	return a
-}
-
-func (o *owner) wanted(a *active) {
-	if f := o.m.cfg.Wanted; f != nil {
-		f(a.p)
-	}
+	return a, looks
 }
 
 // siblings returns the peers that have the disco key k. The slice is good until the next call.

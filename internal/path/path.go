@@ -92,9 +92,10 @@ type Config struct {
 	// DirectUp, if not nil, is told that a peer has got a direct path that it had not before, and whether a relay leads
 	// to it as well. It runs on the Manager's goroutine, and may send to the peer.
 	DirectUp func(p *Peer, relayed bool)
-	// Wanted, if not nil, is told of each authentic ping and call-me-maybe: the peer has something to send to this
-	// node, or looks after the path by which it has been sending. It runs on the Manager's goroutine and must not block.
-	Wanted func(p *Peer)
+	// Alive, if not nil, is told of each authentic discovery message: the peer is there, and can be reached. looks says that it
+	// was a ping or a call-me-maybe: the peer has something to send to this node, or looks after the path by which it
+	// has been sending. It runs on the Manager's goroutine, may send to the peer, and must not block.
+	Alive  func(p *Peer, looks bool)
 	Logger *slog.Logger // nil: silent
 }
 
@@ -236,6 +237,10 @@ func (m *Manager) UpsertPeer(info PeerInfo) *Peer {
 		m.peers[info.Key] = p
 	} else if old := p.info.Load().Disco; old != info.Disco {
 		m.dropDisco(p, old)
+		if !old.IsZero() {
+			p.route.Store(nil) // it has started anew, and is hardly where it was
+			p.pinged.Store(nil)
+		}
 	}
 	if old := p.info.Load(); !info.Disco.IsZero() && (old == nil || old.Disco != info.Disco) {
 		p.sibling = m.byDisco[info.Disco]

@@ -171,7 +171,7 @@ func BenchmarkHandshake(b *testing.B) {
 	for b.Loop() {
 		y.peer.lastInitRx = 0
 		y.dev.gate.free = 0
-		x.peer.nextInit.Store(0)
+		x.peer.meet.next.Store(0)
 		connect(b, x, y)
 	}
 }

@@ -27,11 +27,11 @@ type Peer struct {
 	lastTx     atomic.Int64 // when the last message left
 	owed       atomic.Int64 // since when the other end has waited for any answer to data; 0: it does not
 	unanswered atomic.Int64 // since when data of ours has had no answer at all; 0: it has
-	nextInit   atomic.Int64 // no initiation before then
 	staged     atomic.Int32 // packets that wait for a session
 	keepalive  atomic.Int64 // persistent keepalive interval; 0: none
 
 	sendMu sync.Mutex
+	kept   kept // what was sent last and may be lost; guarded by sendMu
 
 	mu             sync.Mutex
 	previous, next *session
@@ -39,9 +39,7 @@ type Peer struct {
 	ssID           *identity // nil: not computed
 	psk            *[32]byte // nil: zeros
 	hs             *pending  // our initiation that waits for its response
-	retryAt        int64     // when to initiate again; 0: not
-	attempts       int       // initiations since the last handshake was complete
-	giveUpAt       int64     // when to stop that
+	meet           meeting   // when to initiate
 	lastStamp      timestamp // of the last initiation accepted
 	lastInitRx     int64     // when that was
 	lastHandshake  int64
@@ -114,19 +112,70 @@ func (p *Peer) SetPersistentKeepalive(d time.Duration) {
 // for it.
 func (p *Peer) Rekey() error { return p.handshake(p.dev.now(), true) }
 
-// PathUp says that there is a way to the peer where there was none. An initiation that went
-// nowhere is then repeated now and not when its time is up.
-func (p *Peer) PathUp() {
+// Gone says that a relay has nobody to hand messages to, so that an initiation without an answer is
+// known to be lost: the next goes sooner.
+func (p *Peer) Gone() {
+	now := p.dev.now()
 	p.mu.Lock()
-	waiting := p.retryAt != 0 && p.current.Load() == nil
-	if waiting {
-		p.nextInit.Store(0)
-		p.attempts = 0
-	}
+	p.meet.gone(&p.dev.t, now, p.current.Load() != nil)
+	at := p.meet.at()
 	p.mu.Unlock()
-	if waiting {
-		p.handshake(p.dev.now(), false)
+	p.dev.sched.wakeBy(p, at)
+}
+
+// Alive says that the peer has shown itself by other means than WireGuard, or that there is a new way to
+// it; rtt is its round trip, 0 if that is not known. An initiation that must have been lost is then repeated now and
+// not when its time is up.
+func (p *Peer) Alive(rtt time.Duration) {
+	now := p.dev.now()
+	p.mu.Lock()
+	again := p.meet.alive(&p.dev.t, now, int64(rtt), p.current.Load() != nil)
+	p.mu.Unlock()
+	if again {
+		p.handshake(now, false)
 	}
+}
+
+// Wanted says that the peer looks for ways to this node, as it does when it has something to send. If it does not
+// get a session by itself within a moment, this node begins a handshake.
+func (p *Peer) Wanted() {
+	now := p.dev.now()
+	session := p.HasSession()
+	p.mu.Lock()
+	p.meet.wanted(&p.dev.t, now, session)
+	at := p.meet.at()
+	p.mu.Unlock()
+	p.dev.sched.wakeBy(p, at)
+}
+
+// Renew is for a peer that is known to have started anew: it holds no session of before, and drops
+// in silence what comes on one, so that without Renew everything sent to it is lost until
+// KEEPALIVE_TIMEOUT + REKEY_TIMEOUT (paper §6.5) have passed. Renew sends no more on the sessions that
+// exist, stages what is to be sent and what was last sent without being answered, and initiates at once. Messages that come
+// on the last session are still accepted, in case the peer has initiated one with its new life already.
+//
+// It does not block but for the Conduit. Without a session it is no more than a sign of the peer, as Alive is.
+func (p *Peer) Renew() error {
+	now := p.dev.now()
+	p.mu.Lock()
+	if p.removed.Load() {
+		p.mu.Unlock()
+		return nil
+	}
+	cur := p.current.Load()
+	if cur == nil {
+		p.mu.Unlock()
+		p.Alive(0)
+		return nil
+	}
+	p.retire(cur)
+	p.current.Store(nil)
+	p.meet.renew()
+	p.mu.Unlock()
+	p.sendMu.Lock() // after whoever may be sending on the last session
+	p.dev.stage.add(p, p.kept.take(now, p.lastRx.Load()), now)
+	p.sendMu.Unlock()
+	return p.handshake(now, true)
 }
 
 // Stats are a peer's counters. Times are zero if the thing never happened.
@@ -172,6 +221,7 @@ func (p *Peer) Remove() {
 	p.mu.Unlock()
 	d.sched.remove(p)
 	p.sendMu.Lock() // after whoever may be staging
+	p.kept.drop()
 	d.stage.drop(p)
 	p.sendMu.Unlock()
 }
@@ -186,7 +236,7 @@ func (p *Peer) dropSessions() {
 	p.current.Store(nil)
 	p.previous, p.next = nil, nil
 	p.dropHandshake()
-	p.retryAt = 0
+	p.meet.reset()
 	p.owed.Store(0)
 	p.unanswered.Store(0)
 }
@@ -225,23 +275,22 @@ func (p *Peer) presharedKey() *[32]byte {
 
 // handshake sends an initiation, or sees to it that one is sent as soon as the last is long
 // enough ago. want says that something new asks for it, which renews the time for which
-// initiations are repeated; otherwise it is such a repetition.
+// initiations are repeated; otherwise it is such a repetition. See meeting.
 func (p *Peer) handshake(now int64, want bool) error {
 	d := p.dev
-	t := &d.t
 	p.mu.Lock()
 	if p.removed.Load() || d.closed.Load() {
 		p.mu.Unlock()
 		return ErrClosed
 	}
+	ready := false
 	if want {
-		p.giveUpAt = now + t.rekeyAttemptTime
+		ready = p.meet.want(&d.t, now)
+	} else {
+		ready = p.meet.ready(now)
 	}
-	if at := p.nextInit.Load(); now < at {
-		if p.retryAt == 0 {
-			p.retryAt = at
-		}
-		at = p.retryAt
+	if !ready {
+		at := p.meet.at()
 		p.mu.Unlock()
 		d.sched.wakeBy(p, at)
 		return nil
@@ -266,15 +315,16 @@ func (p *Peer) handshake(now int64, want bool) error {
 	}
 	p.hs = &pending{initiator: st, id: id, index: index}
 	p.putMACs(msg[:], &pub, now)
-	wait := t.retryAfter(p.attempts, p.current.Load() != nil)
-	p.attempts++
-	p.nextInit.Store(now + wait)
-	p.retryAt = now + wait + jitter(min(t.jitter, wait/4))
-	at := p.retryAt
+	p.meet.sent(&d.t, now, p.current.Load() != nil)
+	at := p.meet.at()
 	p.mu.Unlock()
 
 	d.log.Debug("wg: handshake initiation", "peer", p.pub.ShortString())
-	err = p.transmit(msg[:], now)
+	if err = p.transmit(msg[:], now); err != nil {
+		p.mu.Lock()
+		p.meet.failed(p.current.Load() != nil)
+		p.mu.Unlock()
+	}
 	d.sched.wakeBy(p, at)
 	return err
 }
@@ -316,7 +366,7 @@ func (p *Peer) establish(s *session, now int64) {
 	}
 	d.table.insert(s)
 	p.current.Store(s)
-	p.nextInit.Store(now + d.t.rekeyTimeout)
+	p.meet.next.Store(now + d.t.rekeyTimeout)
 	p.complete(now)
 }
 
@@ -346,7 +396,6 @@ func (p *Peer) promote(s *session, now int64) bool {
 
 // complete notes that a handshake is done. mu is held.
 func (p *Peer) complete(now int64) {
-	p.retryAt = 0
-	p.attempts = 0
+	p.meet.done()
 	p.lastHandshake = now
 }

@@ -62,7 +62,7 @@ func (d *Device) receiveData(dst, msg []byte) ([]byte, *Peer, error) {
 	}
 	p.received(now, len(msg))
 	if s.initiator && now-s.created >= d.t.rejectAfterTime-d.t.keepaliveTimeout-d.t.rekeyTimeout &&
-		s == p.current.Load() && now >= p.nextInit.Load() {
+		s == p.current.Load() && now >= p.meet.next.Load() {
 		// We only listen, so sending never renews the session (paper §6.2).
 		p.handshake(now, true)
 	}

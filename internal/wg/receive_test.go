@@ -268,7 +268,7 @@ func TestCookieUnderLoad(t *testing.T) {
 	if _, _, err := a.dev.Receive(nil, cookie, nil); err == nil {
 		t.Error("a cookie was taken twice")
 	}
-	a.peer.nextInit.Store(0)
+	a.peer.meet.next.Store(0)
 	a.peer.Rekey()
 	init = a.out.take()[0]
 	if _, _, err := b.dev.Receive(nil, bytes.Clone(init), &sourced{src: "192.0.2.9:7"}); !errors.Is(err, ErrLoad) {

@@ -67,7 +67,7 @@ func (p *Peer) wantsRekey(s *session, now int64) bool {
 	if s.counter < t.rekeyAfterMessages && !(s.initiator && now-s.created >= t.rekeyAfterTime) {
 		return false
 	}
-	return now >= p.nextInit.Load()
+	return now >= p.meet.next.Load()
 }
 
 // flush sends what was staged, or else, if probe, an empty message.
@@ -124,6 +124,7 @@ func (p *Peer) seal(s *session, src Source, now int64) (err error) {
 	b, most := *buf, d.mtu+sizeHeader+sizeTag
 	off, seg, count := 0, 0, 0
 	total := 0
+	keep := p.kept.wants(now, p.lastRx.Load())
 	transmit := func() {
 		if off > 0 {
 			if e := p.conduit.Send(b[:off], seg); e != nil && err == nil {
@@ -148,6 +149,12 @@ func (p *Peer) seal(s *session, src Source, now int64) (err error) {
 		}
 		if n > d.mtu {
 			continue // a faulty Source
+		}
+		if pkt := b[off+sizeHeader : off+sizeHeader+n]; keep || n <= maxSYN && isSYN(pkt) {
+			if n <= d.mtu && p.kept.add(pkt, now) {
+				d.sched.wakeBy(p, now+keptFor)
+			}
+			keep = keep && p.kept.room()
 		}
 		// Padding to 16 bytes hides the exact length; it never exceeds the MTU (paper §5.4.6).
 		padded := min((n+15)&^15, d.mtu)

@@ -202,15 +202,11 @@ func (p *Peer) tick(now int64) {
 		return
 	}
 	p.age(now, due)
-	initiate, gaveUp := false, false
-	if p.retryAt != 0 && due(p.retryAt) {
-		p.retryAt = 0
-		if gaveUp = now >= p.giveUpAt; gaveUp {
-			p.dropHandshake()
-		} else {
-			initiate = true
-		}
+	initiate, gaveUp := p.meet.due(t, now, p.current.Load() != nil)
+	if gaveUp {
+		p.dropHandshake()
 	}
+	next = min(next, p.meet.at())
 	p.mu.Unlock()
 
 	if gaveUp {
@@ -221,6 +217,9 @@ func (p *Peer) tick(now int64) {
 	if at := d.stage.expire(p, now-t.rekeyAttemptTime); at != never {
 		due(at + t.rekeyAttemptTime)
 	}
+	p.sendMu.Lock()
+	next = min(next, p.kept.tidy(now))
+	p.sendMu.Unlock()
 	fresh := false
 	if since := p.unanswered.Load(); since != 0 && due(since+t.keepaliveTimeout+t.rekeyTimeout) {
 		p.unanswered.Store(0)

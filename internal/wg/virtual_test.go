@@ -242,21 +242,21 @@ func TestGivingUp(t *testing.T) {
 	})
 }
 
-// TestPathUp is a peer that joins a moment after it is first sent to.
-func TestPathUp(t *testing.T) {
+// TestAlive is a peer that joins a moment after it is first sent to.
+func TestAlive(t *testing.T) {
 	inBubble(t, func(t *testing.T, l *lossy) {
 		a, b := l.ends[0], l.ends[1]
 		l.set(func() { l.down = true })
 		a.send(1)
 		time.Sleep(30 * time.Second) // long enough for the waits to be the paper's
 		l.set(func() { l.down = false })
-		a.peer.PathUp()
+		a.peer.Alive(0)
 		settle()
 		if b.count(1, 1) != 1 {
 			t.Error("the handshake did not go on at once")
 		}
 		stamp := a.peer.Stats().LastHandshake
-		a.peer.PathUp()
+		a.peer.Alive(0)
 		settle()
 		if a.peer.Stats().LastHandshake != stamp {
 			t.Error("a handshake began although there is a session")

@@ -109,7 +109,7 @@ type Config struct {
 type timing struct {
 	rekeyAfterTime, rejectAfterTime, rekeyAttemptTime int64 // nanoseconds, as all below
 	rekeyTimeout, keepaliveTimeout, cookieRefresh     int64
-	firstRetry                                        int64 // see retryAfter
+	firstRetry, lostRetry, callBack, spacing          int64 // see meeting
 	jitter                                            int64 // added at random to rekeyTimeout
 	rekeyAfterMessages, rejectAfterMessages           uint64
 }
@@ -120,23 +120,14 @@ var defaultTiming = timing{
 	rekeyAttemptTime:    int64(90 * time.Second),
 	rekeyTimeout:        int64(5 * time.Second),
 	firstRetry:          int64(250 * time.Millisecond),
+	lostRetry:           int64(25 * time.Millisecond),
+	callBack:            int64(150 * time.Millisecond),
+	spacing:             int64(25 * time.Millisecond), // initiationSpacing and some
 	keepaliveTimeout:    int64(10 * time.Second),
 	cookieRefresh:       int64(120 * time.Second),
 	jitter:              int64(333 * time.Millisecond),
 	rekeyAfterMessages:  1 << 60,
 	rejectAfterMessages: math.MaxUint64 - 1<<13,
-}
-
-// retryAfter returns how long the attempt-th initiation (from 0) waits for its response before the
-// next is sent. Packets wait for the first handshake with a peer, and on a tailnet the first
-// initiation is lost as often as not, because the peer is only just connecting to its relay:
-// so the first waits are short, and double up to the paper's. With a session in use nothing
-// waits, and the paper's time stands from the first.
-func (t *timing) retryAfter(attempt int, haveSession bool) int64 {
-	if haveSession || attempt > 8 {
-		return t.rekeyTimeout
-	}
-	return min(t.firstRetry<<attempt, t.rekeyTimeout)
 }
 
 // never is a time that does not come.
@@ -234,7 +225,6 @@ func (d *Device) SetPrivateKey(k key.NodePrivate) error {
 		p.dropSessions()
 		clear(p.ss[:])
 		p.ssID, p.cookie = nil, nil
-		p.nextInit.Store(0)
 		p.mu.Unlock()
 	}
 	d.idMu.Unlock()

@@ -44,22 +44,57 @@ func TestKnocksAreBounded(t *testing.T) {
 	msg[0] = 1
 	for i := range 3 * maxKnocks {
 		msg[4] = byte(i)
-		if !k.add(path.Source{}, msg) {
+		if !k.add(now(), path.Source{}, msg) {
 			t.Fatal("not kept")
 		}
 	}
 	for _, bad := range [][]byte{nil, msg[1:], append(msg[:len(msg):len(msg)], 0), make([]byte, initiationLen)} {
-		if k.add(path.Source{}, bad) {
+		if k.add(now(), path.Source{}, bad) {
 			t.Errorf("%d bytes that are no initiation were kept", len(bad))
 		}
 	}
-	got := k.take()
-	if len(got) != maxKnocks || got[0].msg[4] != 2*maxKnocks || len(k.take()) != 0 {
+	got := k.take(now())
+	if len(got) != maxKnocks || got[0].msg[4] != 2*maxKnocks || len(k.take(now())) != 0 {
 		t.Errorf("kept %d, the oldest number %d", len(got), got[0].msg[4])
 	}
-	k.add(path.Source{}, msg)
+	k.add(now(), path.Source{}, msg)
 	k.list[0].at = now().Add(-knockLife - time.Second)
-	if len(k.take()) != 0 {
+	if len(k.take(now())) != 0 {
 		t.Error("an old one was kept")
+	}
+}
+
+// TestPeerRestarts has a peer end and start again, as the same node with another disco key, and be dialled before control has told
+// of the new life.
+func TestPeerRestarts(t *testing.T) {
+	a, b := newPair(t)
+	b.listen(80)
+	dst := netip.AddrPortFrom(b.a4, 80)
+	if err := a.dial(60*time.Second, dst); err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+	dialled := make(chan error, 1)
+	go func() { dialled <- a.dial(60*time.Second, dst) }()
+
+	b.disco = key.NewDisco()
+	up := make(chan struct{}, 1)
+	e, err := New(Config{NodeKey: b.key, DiscoKey: b.disco, RelayState: func(_ int, connected bool, _ error) {
+		if connected {
+			up <- struct{}{}
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.Close)
+	b.Engine = e
+	b.listen(80)
+	a.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{b.node()}})
+	b.tell(&tailcfg.MapResponse{Node: b.node(), Peers: []*tailcfg.Node{a.node()}, DERPMap: a.Netmap().DERPMap, PacketFilter: &allowAll})
+	b.SetHome(1)
+	<-up
+	if err := <-dialled; err != nil {
+		t.Error(err)
 	}
 }
