@@ -40,7 +40,9 @@
  * BLOCKING.  A function that waits takes timeout_ms: how long at most, in milliseconds; TAILNODE_FOREVER (-1)
  * sets no limit, 0 asks without waiting. tailnode_close from any thread ends all of the node's waiting calls with
  * TAILNODE_CLOSED. Each also exists as NAME_start, which returns at once with a tailnode_op: its descriptor (tailnode_op_fd)
- * polls readable when the result can be taken (tailnode_op_take), and tailnode_op_cancel gives it up.
+ * polls readable when the result can be taken (tailnode_op_take), and tailnode_op_cancel gives it up. A NAME_start waits for nothing: not
+ * for the network, the core, its start, or another thread's call. When the core has not yet taken the requests before (some hundreds), it
+ * gives TAILNODE_EXHAUSTED with sys_errno EAGAIN, and has done nothing: call it again later.
  *
  * FORK.  In the child of a fork without exec every function returns TAILNODE_FORKED at once and does nothing; the parent is
  * not disturbed. fork and exec is always safe; every descriptor of the library is close-on-exec.
@@ -218,7 +220,10 @@ TAILNODE_API int tailnode_up(tailnode_node node, int64_t timeout_ms, tailnode_er
 
 /* Takes the node off the tailnet, ends its waiting calls (TAILNODE_CLOSED), its listeners (end of file), its connections
  * (ECONNRESET) and its helper, and returns when nothing of it runs any more: at most three seconds for an
- * ephemeral node's farewell. The handle is no longer valid, whatever is returned. A second call gives TAILNODE_CLOSED. */
+ * ephemeral node's farewell. It waits for no connection, whatever the host or the peer does: what was written and is still
+ * on its way is lost, unless the host has shut its half down and read the peer's end of file before.
+ * The handle is no longer valid, but for one case: TAILNODE_EXHAUSTED (no descriptor left to carry the request) closes
+ * nothing, and the call can be made again. A second call gives TAILNODE_CLOSED. */
 TAILNODE_API int tailnode_close(tailnode_node node, tailnode_error *err);
 
 /* The status as JSON (the form of upstream's `status --json`), with all peers or without. *json is NUL-terminated, *len (may be
@@ -326,7 +331,8 @@ typedef struct tailnode_op { uint64_t id; } tailnode_op;
 /* What came of it. Initialise size; fields may be added. What the operation does not give is zero, fd -1. */
 typedef struct tailnode_result {
 	size_t        size;      /* sizeof(tailnode_result), set by the caller */
-	char         *data;      /* JSON of status, whois, ping; free with tailnode_free */
+	char         *data;      /* JSON of status, whois, ping; the struct of loopback (tailnode_loopback_info) and runtime_stats
+	                            (tailnode_stats), whose size field says how much of it the core filled; free with tailnode_free */
 	size_t        data_len;
 	int32_t       fd;        /* of dial, listen, listen_packet, watch */
 	tailnode_addr local;     /* bound address; addresses: IPv4 */
@@ -345,8 +351,13 @@ TAILNODE_API int tailnode_op_wait(tailnode_op op, int64_t timeout_ms, tailnode_r
  * gets TAILNODE_CANCELED. An operation that is over gives TAILNODE_CLOSED. */
 TAILNODE_API int tailnode_op_cancel(tailnode_op op);
 
+/* tailnode_new without waiting for the core to be loaded or started. *node may be used at once, and must be given to tailnode_close whatever becomes of the
+ * operation, which succeeds when the core has the node and fails with the code that tailnode_new would. Where the core is not
+ * there yet, a thread that lives for that time starts it. */
+TAILNODE_API int tailnode_new_start(const tailnode_options *opt, tailnode_node *node, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_start_start(tailnode_node node, tailnode_op *op, tailnode_error *err);
 TAILNODE_API int tailnode_up_start(tailnode_node node, int64_t timeout_ms, tailnode_op *op, tailnode_error *err);
-/* From the moment of this call the node's handle is no longer valid. */
+/* From the moment of this call the node's handle is no longer valid, unless it gives TAILNODE_EXHAUSTED. */
 TAILNODE_API int tailnode_close_start(tailnode_node node, tailnode_op *op, tailnode_error *err);
 TAILNODE_API int tailnode_status_start(tailnode_node node, int peers, tailnode_op *op, tailnode_error *err);
 TAILNODE_API int tailnode_addresses_start(tailnode_node node, tailnode_op *op, tailnode_error *err);
@@ -356,6 +367,13 @@ TAILNODE_API int tailnode_dial_start(tailnode_node node, const char *network, co
 TAILNODE_API int tailnode_listen_start(tailnode_node node, const char *network, const char *address, uint32_t flags, tailnode_op *op, tailnode_error *err);
 TAILNODE_API int tailnode_listen_packet_start(tailnode_node node, const char *network, const char *address, uint32_t flags, tailnode_op *op, tailnode_error *err);
 TAILNODE_API int tailnode_watch_start(tailnode_node node, uint32_t flags, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_loopback_start(tailnode_node node, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_runtime_stats_start(tailnode_node node, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_set_memory_limit_start(tailnode_node node, int64_t bytes, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_set_max_procs_start(tailnode_node node, int32_t n, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_set_gc_percent_start(tailnode_node node, int32_t percent, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_trim_start(tailnode_node node, tailnode_op *op, tailnode_error *err);
+TAILNODE_API int tailnode_memory_pressure_start(tailnode_node node, int level, tailnode_op *op, tailnode_error *err);
 
 /* ---- the runtime of the core ---------------------------------------------------------------------- */
 

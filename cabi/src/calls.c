@@ -19,16 +19,20 @@ static void node_destroy(void *p) {
 		explicit_bzero(n->open_msg, n->open_len);
 		free(n->open_msg);
 	}
+	if (n->callbacks)
+		tn_callbacks_release(n->callbacks);
 	if (n->log_fd >= 0)
 		close(n->log_fd);
 	free(n->helper_path);
+	pthread_mutex_destroy(&n->attaching);
 	pthread_mutex_destroy(&n->mu);
 	free(n);
 }
 
-int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_error *err) {
+// A node without a core yet.
+static int make(const tailnode_options *given, struct node **out, tailnode_error *err) {
 	CHECK_FORK(err);
-	NEED(given && out, "tailnode_new needs options and a place for the handle");
+	NEED(given, "tailnode_new needs options");
 	NEED(given->size >= offsetof(tailnode_options, helper_path) && given->size <= 4096, "the size field of tailnode_options is not set");
 	tailnode_options o;
 	memset(&o, 0, sizeof o);
@@ -44,6 +48,8 @@ int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_err
 		return tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
 	static uint64_t numbers;
 	pthread_mutex_init(&n->mu, NULL);
+	pthread_mutex_init(&n->attaching, NULL);
+	n->last = &n->first;
 	n->o = (struct object_header){.type = O_NODE, .refs = 1, .destroy = node_destroy};
 	n->number = __atomic_add_fetch(&numbers, 1, __ATOMIC_RELAXED);
 	n->mode = o.mode;
@@ -66,19 +72,24 @@ int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_err
 	};
 	if (!code)
 		code = tn_pack(&n->open_msg, &n->open_len, n->number, &a, err);
-	if (!code) { // started now, so that a missing core is told here
-		struct args stats = {.kind = K_STATS};
-		struct op *op;
-		code = tn_start_op_on(n, &stats, &op, err);
-		if (!code) {
-			code = tn_op_await(op, -1, NULL, err);
-			tn_unref(op);
-		}
-	}
-	if (!code && !((n->flags & TAILNODE_RESTART) && n->mode == TAILNODE_ISOLATED)) {
-		explicit_bzero(n->open_msg, n->open_len); // the auth key
-		free(n->open_msg);
-		n->open_msg = NULL;
+	if (code)
+		tn_unref(n);
+	else
+		*out = n;
+	return code;
+}
+
+int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_error *err) {
+	struct node *n;
+	NEED(out, "there is no place for the node's handle");
+	int code = make(given, &n, err);
+	if (code)
+		return code;
+	struct op *op;
+	code = tn_start_op_on(n, &(struct args){.kind = K_STATS}, true, &op, err); // now, so that a missing core is told here
+	if (!code) {
+		code = tn_op_await(op, -1, NULL, err);
+		tn_unref(op);
 	}
 	uint64_t id = code ? 0 : tn_handle_add(&n->o);
 	if (!code && !id)
@@ -88,34 +99,74 @@ int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_err
 		tn_unref(n);
 		return tn_ok(err);
 	}
-	struct callbacks *cb = n->callbacks;
-	if (n->core) {
-		struct args a2 = {.kind = K_CLOSE};
-		struct op *op;
-		if (tn_start_op_on(n, &a2, &op, NULL) == 0) {
-			tn_op_await(op, -1, NULL, NULL);
-			tn_unref(op);
-		}
+	if (tn_start_op_on(n, &(struct args){.kind = K_CLOSE}, true, &op, NULL) == 0) {
+		tn_op_await(op, -1, NULL, NULL);
+		tn_unref(op);
 	}
-	if (cb)
-		tn_callbacks_join(cb);
+	if (n->callbacks)
+		tn_callbacks_join(n->callbacks);
 	tn_unref(n);
 	return code;
 }
 
-static int close_op(tailnode_node node, struct op **op, struct callbacks **cb, tailnode_error *err) {
+int tailnode_new_start(const tailnode_options *given, tailnode_node *node, tailnode_op *out, tailnode_error *err) {
+	struct node *n;
+	struct op *op;
+	NEED(node && out, "there is no place for a handle");
+	int code = make(given, &n, err);
+	if (code)
+		return code;
+	tailnode_node h = {tn_handle_add(&n->o)};
+	if (!h.id) {
+		tn_unref(n);
+		return tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: too many handles");
+	}
+	code = tn_start_op_on(n, &(struct args){.kind = K_ADDRESSES}, false, &op, err);
+	tn_unref(n);
+	tailnode_op published;
+	if (!code)
+		code = tn_op_publish(op, &published, err);
+	if (code) {
+		tailnode_close(h, NULL);
+		return code;
+	}
+	*node = h;
+	*out = published;
+	return 0;
+}
+
+static int close_op(tailnode_node node, bool wait, struct op **op, struct callbacks **cb, tailnode_error *err) {
 	CHECK_FORK(err);
 	int code = 0;
-	struct node *n = tn_handle_remove(node.id, O_NODE, &code);
+	struct node *n = tn_handle_get(node.id, O_NODE, &code);
 	if (!n)
 		return tn_fail(err, code, 0, code == TAILNODE_CLOSED ? "tailnode: the node is closed" : "tailnode: this is not the handle of a node");
 	pthread_mutex_lock(&n->mu);
+	bool first = !n->closing;
+	n->closing = true;
+	uint32_t flags = n->flags;
+	if (first)
+		n->flags &= ~TAILNODE_RESTART; // a helper that is dead is as good as closed
+	pthread_mutex_unlock(&n->mu);
+	if (!first) {
+		tn_unref(n);
+		return tn_fail(err, TAILNODE_CLOSED, 0, "tailnode: the node is closed");
+	}
+	code = tn_start_op_on(n, &(struct args){.kind = K_CLOSE}, wait, op, err);
+	if (code == TAILNODE_EXHAUSTED) { // nothing was closed: the handle stays, for another try
+		pthread_mutex_lock(&n->mu);
+		n->closing = false;
+		n->flags = flags;
+		pthread_mutex_unlock(&n->mu);
+		tn_unref(n);
+		return code;
+	}
+	pthread_mutex_lock(&n->mu);
 	*cb = n->callbacks;
 	n->callbacks = NULL;
-	n->flags &= ~TAILNODE_RESTART; // a helper that is dead is as good as closed
 	pthread_mutex_unlock(&n->mu);
-	struct args a = {.kind = K_CLOSE};
-	code = tn_start_op_on(n, &a, op, err);
+	int ignored;
+	tn_unref(tn_handle_remove(node.id, O_NODE, &ignored));
 	tn_unref(n); // once the last call in flight is over, the socket to a helper closes, and the helper ends
 	return code;
 }
@@ -123,7 +174,7 @@ static int close_op(tailnode_node node, struct op **op, struct callbacks **cb, t
 int tailnode_close(tailnode_node node, tailnode_error *err) {
 	struct op *op;
 	struct callbacks *cb = NULL;
-	int code = close_op(node, &op, &cb, err);
+	int code = close_op(node, true, &op, &cb, err);
 	if (!code) {
 		code = tn_op_await(op, -1, NULL, err);
 		tn_unref(op);
@@ -138,7 +189,7 @@ int tailnode_close(tailnode_node node, tailnode_error *err) {
 static int start_public(tailnode_node node, const struct args *a, tailnode_op *out, tailnode_error *err) {
 	NEED(out, "there is no place for the operation's handle");
 	struct op *op;
-	int code = tn_start_op(node.id, a, &op, err);
+	int code = tn_start_op(node.id, a, false, &op, err);
 	return code ? code : tn_op_publish(op, out, err);
 }
 
@@ -146,7 +197,7 @@ int tailnode_close_start(tailnode_node node, tailnode_op *out, tailnode_error *e
 	NEED(out, "there is no place for the operation's handle");
 	struct op *op;
 	struct callbacks *cb = NULL;
-	int code = close_op(node, &op, &cb, err);
+	int code = close_op(node, false, &op, &cb, err);
 	if (cb)
 		tn_callbacks_release(cb);
 	return code ? code : tn_op_publish(op, out, err);
@@ -155,6 +206,7 @@ int tailnode_close_start(tailnode_node node, tailnode_op *out, tailnode_error *e
 int tailnode_start(tailnode_node node, tailnode_error *err) {
 	return tn_call(node.id, &(struct args){.kind = K_START}, NULL, err);
 }
+int tailnode_start_start(tailnode_node node, tailnode_op *op, tailnode_error *err) { return start_public(node, &(struct args){.kind = K_START}, op, err); }
 
 #define UP_ARGS (struct args){.kind = K_UP, .timeout_ms = timeout_ms}
 int tailnode_up(tailnode_node node, int64_t timeout_ms, tailnode_error *err) { return tn_call(node.id, &UP_ARGS, NULL, err); }
@@ -271,7 +323,7 @@ int tailnode_watch_start(tailnode_node node, uint32_t flags, tailnode_op *op, ta
 
 // ---- calls that fill a struct ----
 
-// What the core sends as data is laid out like the struct behind its size field.
+// The data of such an operation is the whole struct, its size field first.
 static int call_struct(tailnode_node node, const struct args *a, void *out, size_t full, tailnode_error *err) {
 	size_t size = 0;
 	if (out)
@@ -281,40 +333,38 @@ static int call_struct(tailnode_node node, const struct args *a, void *out, size
 	int code = tn_call(node.id, a, &r, err);
 	if (code)
 		return code;
-	if (size > full)
-		size = full;
-	size_t room = size - sizeof size, n = r.data_len < room ? r.data_len : room;
-	memset((char *)out + sizeof size, 0, room);
-	if (n)
-		memcpy((char *)out + sizeof size, r.data, n);
+	size_t known = size < full ? size : full, n = r.data_len < known ? r.data_len : known;
+	memset((char *)out + sizeof size, 0, known - sizeof size);
+	if (n > sizeof size)
+		memcpy((char *)out + sizeof size, r.data + sizeof size, n - sizeof size);
 	free(r.data);
 	return 0;
 }
 
-int tailnode_loopback(tailnode_node node, tailnode_loopback_info *out, tailnode_error *err) {
-	return call_struct(node, &(struct args){.kind = K_LOOPBACK}, out, sizeof *out, err);
-}
-int tailnode_runtime_stats(tailnode_node node, tailnode_stats *out, tailnode_error *err) {
-	return call_struct(node, &(struct args){.kind = K_STATS}, out, sizeof *out, err);
-}
+#define LOOPBACK_ARGS (struct args){.kind = K_LOOPBACK}
+int tailnode_loopback(tailnode_node node, tailnode_loopback_info *out, tailnode_error *err) { return call_struct(node, &LOOPBACK_ARGS, out, sizeof *out, err); }
+int tailnode_loopback_start(tailnode_node node, tailnode_op *op, tailnode_error *err) { return start_public(node, &LOOPBACK_ARGS, op, err); }
 
-static int set(tailnode_node node, enum kind k, int64_t v, tailnode_error *err) {
-	return tn_call(node.id, &(struct args){.kind = k, .arg = {v}}, NULL, err);
-}
-int tailnode_set_memory_limit(tailnode_node node, int64_t bytes, tailnode_error *err) {
-	NEED(bytes > 0, "the memory limit is not positive");
-	return set(node, K_MEMORY_LIMIT, bytes, err);
-}
-int tailnode_set_max_procs(tailnode_node node, int32_t n, tailnode_error *err) {
-	NEED(n > 0, "the number of processors is not positive");
-	return set(node, K_MAX_PROCS, n, err);
-}
-int tailnode_set_gc_percent(tailnode_node node, int32_t percent, tailnode_error *err) {
-	NEED(percent >= -1, "the percentage is below -1");
-	return set(node, K_GC_PERCENT, percent, err);
-}
-int tailnode_trim(tailnode_node node, tailnode_error *err) { return set(node, K_TRIM, 0, err); }
-int tailnode_memory_pressure(tailnode_node node, int level, tailnode_error *err) {
-	NEED(level >= 0 && level <= 2, "the level of memory pressure is not 0, 1 or 2");
-	return set(node, K_PRESSURE, level, err);
-}
+#define STATS_ARGS (struct args){.kind = K_STATS}
+int tailnode_runtime_stats(tailnode_node node, tailnode_stats *out, tailnode_error *err) { return call_struct(node, &STATS_ARGS, out, sizeof *out, err); }
+int tailnode_runtime_stats_start(tailnode_node node, tailnode_op *op, tailnode_error *err) { return start_public(node, &STATS_ARGS, op, err); }
+
+// ---- calls that set the core's runtime ----
+
+// Each as the call that waits and the one that does not.
+#define SETTER(name, type, v, kind_, cond, what)                                                            \
+	int tailnode_##name(tailnode_node node, type v, tailnode_error *err) {                              \
+		NEED(cond, what);                                                                           \
+		return tn_call(node.id, &(struct args){.kind = kind_, .arg = {v}}, NULL, err);              \
+	}                                                                                                   \
+	int tailnode_##name##_start(tailnode_node node, type v, tailnode_op *op, tailnode_error *err) {     \
+		NEED(cond, what);                                                                           \
+		return start_public(node, &(struct args){.kind = kind_, .arg = {v}}, op, err);              \
+	}
+SETTER(set_memory_limit, int64_t, bytes, K_MEMORY_LIMIT, bytes > 0, "the memory limit is not positive")
+SETTER(set_max_procs, int32_t, n, K_MAX_PROCS, n > 0, "the number of processors is not positive")
+SETTER(set_gc_percent, int32_t, percent, K_GC_PERCENT, percent >= -1, "the percentage is below -1")
+SETTER(memory_pressure, int, level, K_PRESSURE, level >= 0 && level <= 2, "the level of memory pressure is not 0, 1 or 2")
+
+int tailnode_trim(tailnode_node node, tailnode_error *err) { return tn_call(node.id, &(struct args){.kind = K_TRIM}, NULL, err); }
+int tailnode_trim_start(tailnode_node node, tailnode_op *op, tailnode_error *err) { return start_public(node, &(struct args){.kind = K_TRIM}, op, err); }

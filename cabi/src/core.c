@@ -62,7 +62,6 @@ static struct core *new_core(int fd, pid_t pid) {
 	struct core *c = calloc(1, sizeof *c);
 	if (!c)
 		return NULL;
-	pthread_mutex_init(&c->mu, NULL);
 	c->refs = 1;
 	c->fd = fd;
 	c->pid = pid;
@@ -75,7 +74,6 @@ void tn_core_unref(struct core *c) {
 		return;
 	forget_fd(c->fd);
 	close(c->fd);
-	pthread_mutex_destroy(&c->mu);
 	free(c);
 }
 
@@ -302,7 +300,7 @@ int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
 
 // ---- messages ----
 
-int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, int nfds) {
+int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, int nfds, bool wait) {
 	struct iovec iov = {(void *)(uintptr_t)msg, len};
 	union {
 		char buf[CMSG_SPACE(2 * sizeof(int))];
@@ -319,13 +317,34 @@ int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, in
 		cm->cmsg_len = CMSG_LEN((size_t)nfds * sizeof(int));
 		memcpy(CMSG_DATA(cm), fds, (size_t)nfds * sizeof(int));
 	}
-	ssize_t n;
-	pthread_mutex_lock(&c->mu);
-	do
-		n = sendmsg(c->fd, &mh, MSG_NOSIGNAL);
-	while (n < 0 && errno == EINTR);
-	int e = n < 0 ? errno : 0;
-	pthread_mutex_unlock(&c->mu);
+	for (;;) { // a message goes whole or not at all, whoever else sends
+		if (sendmsg(c->fd, &mh, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
+			return 0;
+		if (errno == EINTR)
+			continue;
+		if (errno != EAGAIN || !wait)
+			return errno;
+		struct pollfd p = {.fd = c->fd, .events = POLLOUT};
+		if (poll(&p, 1, -1) < 0 && errno != EINTR)
+			return errno;
+		if (tn_forked)
+			return EPIPE;
+	}
+}
+
+int tn_detached(void *(*run)(void *), void *arg) {
+	pthread_t t;
+	pthread_attr_t at;
+	sigset_t all, old;
+	int e = pthread_attr_init(&at);
+	if (e)
+		return e;
+	pthread_attr_setdetachstate(&at, PTHREAD_CREATE_DETACHED);
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &old);
+	e = pthread_create(&t, &at, run, arg);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	pthread_attr_destroy(&at);
 	return e;
 }
 

@@ -189,6 +189,7 @@ struct callbacks {
 	pthread_t thread;
 	int refs; // atomic: the thread and the node
 	int fd;
+	struct callbacks *before; // of the core before, whose last ones may still run
 	void (*log)(void *, int, const char *, size_t);
 	void (*auth_url)(void *, const char *);
 	void *user;
@@ -209,6 +210,8 @@ static void *run(void *p) {
 		char text[16 << 10];
 	} m;
 	const size_t head = offsetof(__typeof__(m), text);
+	if (c->before)
+		tn_callbacks_join(c->before);
 	for (;;) {
 		ssize_t n = recv(c->fd, &m, sizeof m - 1, 0);
 		if (n < 0 && errno == EINTR)
@@ -228,11 +231,11 @@ static void *run(void *p) {
 	return NULL;
 }
 
-int tn_callbacks_start(struct node *n, int fd, struct callbacks **out) {
+int tn_callbacks_start(struct node *n, int fd, struct callbacks *before, struct callbacks **out) {
 	struct callbacks *c = calloc(1, sizeof *c);
 	if (!c)
 		return ENOMEM;
-	*c = (struct callbacks){.refs = 2, .fd = fd, .log = n->log, .auth_url = n->auth_url, .user = n->user};
+	*c = (struct callbacks){.refs = 2, .fd = fd, .before = before, .log = n->log, .auth_url = n->auth_url, .user = n->user};
 	sigset_t all, old;
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &old);

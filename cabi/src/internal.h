@@ -81,8 +81,7 @@ HIDDEN void tn_unref(void *o);
 // ---- cores ----
 
 struct core {
-	pthread_mutex_t mu; // held over one sendmsg
-	int refs;           // atomic
+	int refs; // atomic
 	int fd;
 	pid_t pid; // of the helper; 0 in process
 };
@@ -91,18 +90,24 @@ HIDDEN int tn_core_in_process(struct core **out, tailnode_error *err);
 HIDDEN int tn_core_spawn(const char *path, struct core **out, tailnode_error *err);
 HIDDEN void tn_core_unref(struct core *c);
 HIDDEN void tn_core_in_child(void);
-// Sends one message with up to two descriptors; they stay the caller's. Returns 0 or an errno.
-HIDDEN int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, int nfds);
+// Sends one message with up to two descriptors; they stay the caller's. Returns 0 or an errno; EAGAIN only if it may not wait.
+HIDDEN int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, int nfds, bool wait);
 
 // ---- nodes ----
 
 struct node {
 	struct object_header o;
-	pthread_mutex_t mu; // guards core, calls_thread
+	pthread_mutex_t attaching; // held while a core is loaded or started; taken before mu
+	pthread_mutex_t mu;        // held briefly; guards core, callbacks, flags, closing, first to working
 	struct core *core;
+	bool closing;
+	// Calls that may not wait, and need a core that is not there yet: a thread that exists as long as there are any sends them.
+	struct deferred *first, **last;
+	int deferred;
+	bool working;
 	uint64_t number; // its name on core's socket
 	uint32_t mode, flags;
-	// Kept for a restart; the auth key is in there.
+	// For the next core, NULL where there will be none; the auth key is in there.
 	char *open_msg;
 	size_t open_len;
 	char *helper_path;
@@ -114,7 +119,7 @@ struct node {
 };
 
 struct callbacks; // the thread that runs a node's callbacks
-HIDDEN int tn_callbacks_start(struct node *n, int fd, struct callbacks **out);
+HIDDEN int tn_callbacks_start(struct node *n, int fd, struct callbacks *before, struct callbacks **out); // it takes before over, and waits for it
 HIDDEN void tn_callbacks_join(struct callbacks *c); // waits, unless called on its thread
 HIDDEN void tn_callbacks_release(struct callbacks *c); // lets it run out by itself
 
@@ -125,6 +130,7 @@ struct op {
 	pthread_mutex_t mu; // guards what follows
 	int fd;             // non-blocking
 	bool canceled, isolated, taken;
+	size_t prefix; // room in front of the data, for the size field of a struct
 	struct reply head;
 	size_t got; // bytes of head, then of data
 	char *data;
@@ -139,8 +145,8 @@ struct args {
 	int strings;
 };
 
-HIDDEN int tn_start_op(uint64_t node_id, const struct args *a, struct op **out, tailnode_error *err);
-HIDDEN int tn_start_op_on(struct node *n, const struct args *a, struct op **out, tailnode_error *err);
+HIDDEN int tn_start_op(uint64_t node_id, const struct args *a, bool wait, struct op **out, tailnode_error *err);
+HIDDEN int tn_start_op_on(struct node *n, const struct args *a, bool wait, struct op **out, tailnode_error *err);
 HIDDEN int tn_op_await(struct op *op, int64_t timeout_ms, tailnode_result *out, tailnode_error *err);
 HIDDEN int tn_call(uint64_t node_id, const struct args *a, tailnode_result *out, tailnode_error *err);
 HIDDEN int tn_op_publish(struct op *op, tailnode_op *out, tailnode_error *err);
@@ -150,5 +156,7 @@ HIDDEN int tn_pack(char **out, size_t *len, uint64_t number, const struct args *
 
 HIDDEN ssize_t tn_recv_fd(int fd, void *buf, size_t len, int flags, int *passed);
 HIDDEN int64_t tn_now_ms(void);
+// A thread that takes none of the host's signals and is not waited for. Returns 0 or an errno.
+HIDDEN int tn_detached(void *(*run)(void *), void *arg);
 
 #endif

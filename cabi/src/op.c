@@ -37,16 +37,27 @@ int tn_pack(char **out, size_t *len, uint64_t number, const struct args *a, tail
 
 // ---- nodes and their cores ----
 
-// Gives n a core, with n->mu held. The first message is K_NEW.
+// Gives n a core, with n->attaching held. The first message is K_NEW.
 static int attach(struct node *n, tailnode_error *err) {
+	pthread_mutex_lock(&n->mu);
+	bool closing = n->closing;
+	pthread_mutex_unlock(&n->mu);
+	if (closing || !n->open_msg)
+		return tn_fail(err, TAILNODE_CLOSED, 0, "tailnode: the node is closed");
 	struct core *c = NULL;
 	int code = n->mode == TAILNODE_ISOLATED ? tn_core_spawn(n->helper_path, &c, err) : tn_core_in_process(&c, err);
 	if (code)
 		return code;
-	int fds[2], nfds = 0, pair[2] = {-1, -1};
-	struct callbacks *cb = NULL;
+	int fds[2], nfds = 0, pair[2] = {-1, -1}, e = 0;
 	if (n->log || n->auth_url) {
-		int e = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0 ? errno : tn_callbacks_start(n, pair[0], &cb);
+		struct callbacks *cb = NULL;
+		e = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0 ? errno : 0;
+		pthread_mutex_lock(&n->mu);
+		if (!e)
+			e = tn_callbacks_start(n, pair[0], n->callbacks, &cb);
+		if (!e)
+			n->callbacks = cb;
+		pthread_mutex_unlock(&n->mu);
 		if (e) {
 			if (pair[0] >= 0) {
 				close(pair[0]);
@@ -59,43 +70,72 @@ static int attach(struct node *n, tailnode_error *err) {
 	} else if (n->log_fd >= 0) {
 		fds[nfds++] = n->log_fd;
 	}
-	int e = tn_core_send(c, n->open_msg, n->open_len, fds, nfds);
+	e = tn_core_send(c, n->open_msg, n->open_len, fds, nfds, true);
 	if (pair[1] >= 0)
-		close(pair[1]);
+		close(pair[1]); // on failure the thread for callbacks finds its end, and is the next one's to wait for
 	if (e) {
 		tn_core_unref(c);
-		if (cb)
-			tn_callbacks_join(cb);
 		return tn_fail(err, TAILNODE_CORE_LOST, e, "tailnode: the core does not take requests: %s", strerror(e));
 	}
+	pthread_mutex_lock(&n->mu);
 	n->core = c;
-	n->callbacks = cb;
+	bool keep = n->mode == TAILNODE_ISOLATED && (n->flags & TAILNODE_RESTART);
+	pthread_mutex_unlock(&n->mu);
+	if (!keep) {
+		explicit_bzero(n->open_msg, n->open_len);
+		free(n->open_msg);
+		n->open_msg = NULL;
+	}
 	return 0;
 }
 
-static int send_on(struct node *n, const char *msg, size_t len, int fd, tailnode_error *err) {
-	for (int attempt = 0;; attempt++) {
-		pthread_mutex_lock(&n->mu);
-		if (!n->core) {
-			int code = attach(n, err);
-			if (code) {
-				pthread_mutex_unlock(&n->mu);
-				return code;
-			}
-		}
-		struct core *c = n->core;
+static struct core *core_now(struct node *n) { // with a reference, or NULL
+	pthread_mutex_lock(&n->mu);
+	struct core *c = n->core;
+	if (c)
 		__atomic_add_fetch(&c->refs, 1, __ATOMIC_RELAXED);
-		pthread_mutex_unlock(&n->mu);
-		int e = tn_core_send(c, msg, len, &fd, 1);
-		struct callbacks *dead = NULL;
+	pthread_mutex_unlock(&n->mu);
+	return c;
+}
+
+static int core_of(struct node *n, struct core **out, tailnode_error *err) { // waits until there is one
+	int code = 0;
+	if ((*out = core_now(n)))
+		return 0;
+	pthread_mutex_lock(&n->attaching);
+	if (!(*out = core_now(n)) && !(code = attach(n, err)))
+		*out = core_now(n);
+	pthread_mutex_unlock(&n->attaching);
+	if (!code && !*out) // it ended in between, and somebody saw it first
+		code = tn_fail(err, TAILNODE_CORE_LOST, 0, "tailnode: the process that ran the node has ended");
+	return code;
+}
+
+#define NO_CORE (-1) // what may not wait would have to
+
+static int send_on(struct node *n, enum kind kind, const char *msg, size_t len, int fd, bool wait, tailnode_error *err) {
+	for (int attempt = 0;; attempt++) {
+		struct core *c;
+		if (!wait || kind == K_CLOSE) { // nothing is started only to be closed
+			if (wait)
+				pthread_mutex_lock(&n->attaching);
+			c = core_now(n);
+			if (wait)
+				pthread_mutex_unlock(&n->attaching);
+			if (!c)
+				return NO_CORE;
+		} else {
+			int code = core_of(n, &c, err);
+			if (code)
+				return code;
+		}
+		int e = tn_core_send(c, msg, len, &fd, 1, wait);
 		bool again = false;
-		if (e && (e == EPIPE || e == ECONNRESET || e == ENOTCONN)) {
+		if (e == EPIPE || e == ECONNRESET || e == ENOTCONN) {
 			pthread_mutex_lock(&n->mu);
 			if (n->mode == TAILNODE_ISOLATED && (n->flags & TAILNODE_RESTART) && attempt == 0) {
 				again = true;
 				if (n->core == c) { // else another thread was first
-					dead = n->callbacks;
-					n->callbacks = NULL;
 					n->core = NULL;
 					tn_core_unref(c);
 				}
@@ -103,16 +143,116 @@ static int send_on(struct node *n, const char *msg, size_t len, int fd, tailnode
 			pthread_mutex_unlock(&n->mu);
 		}
 		tn_core_unref(c);
-		if (dead)
-			tn_callbacks_join(dead);
 		if (!e)
 			return 0;
-		if (!again) {
-			if (e == ETOOMANYREFS || e == ENOBUFS || e == ENOMEM)
-				return tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: the request cannot be sent: %s", strerror(e));
-			return tn_fail(err, TAILNODE_CORE_LOST, e, "tailnode: the process that ran the node has ended: %s", strerror(e));
+		if (again)
+			continue;
+		switch (e) {
+		case EAGAIN:
+			return tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: the core has not yet taken the requests before this one");
+		case ETOOMANYREFS:
+		case ENOBUFS:
+		case ENOMEM:
+			return tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: the request cannot be sent: %s", strerror(e));
+		}
+		return tn_fail(err, TAILNODE_CORE_LOST, e, "tailnode: the process that ran the node has ended: %s", strerror(e));
+	}
+}
+
+// ---- calls that may not wait for a core to start ----
+
+struct deferred {
+	struct deferred *next;
+	enum kind kind;
+	char *msg;
+	size_t len;
+	int fd; // the core's end of the operation
+};
+
+#define MAX_DEFERRED 256
+
+// Answers in place of the core.
+static void answer(int fd, int code, const tailnode_error *err) {
+	struct {
+		struct reply head;
+		char text[sizeof err->message];
+	} m = {.head = {.magic = REPLY_MAGIC, .code = code}};
+	if (code) {
+		m.head.sys_errno = err->sys_errno;
+		m.head.data_len = (uint32_t)strlen(err->message);
+		memcpy(m.text, err->message, m.head.data_len);
+	}
+	(void)!send(fd, &m, sizeof m.head + m.head.data_len, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void *send_deferred(void *p) {
+	struct node *n = p;
+	for (;;) {
+		pthread_mutex_lock(&n->mu);
+		struct deferred *d = n->first;
+		if (d) {
+			n->deferred--;
+			if (!(n->first = d->next))
+				n->last = &n->first;
+		} else {
+			n->working = false;
+		}
+		pthread_mutex_unlock(&n->mu);
+		if (!d)
+			break;
+		tailnode_error err;
+		int code = send_on(n, d->kind, d->msg, d->len, d->fd, true, &err);
+		if (code)
+			answer(d->fd, code == NO_CORE ? 0 : code, &err);
+		close(d->fd);
+		explicit_bzero(d->msg, d->len);
+		free(d->msg);
+		free(d);
+	}
+	tn_unref(n);
+	return NULL;
+}
+
+// Sends without waiting, or has it sent. On success msg and fd are taken over.
+static int send_soon(struct node *n, enum kind kind, char *msg, size_t len, int fd, tailnode_error *err) {
+	pthread_mutex_lock(&n->mu);
+	bool behind = n->working; // the order of a node's requests is kept
+	pthread_mutex_unlock(&n->mu);
+	if (!behind) {
+		int code = send_on(n, kind, msg, len, fd, false, err);
+		if (code == 0) {
+			close(fd);
+			free(msg);
+		}
+		if (code != NO_CORE)
+			return code;
+	}
+	struct deferred *d = calloc(1, sizeof *d);
+	if (!d)
+		return tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
+	*d = (struct deferred){.kind = kind, .msg = msg, .len = len, .fd = fd};
+	pthread_mutex_lock(&n->mu);
+	int code = 0;
+	if (n->deferred >= MAX_DEFERRED) {
+		code = tn_fail(err, TAILNODE_EXHAUSTED, EAGAIN, "tailnode: the core has not started yet, and %d requests wait for it", MAX_DEFERRED);
+	} else if (!n->working) {
+		tn_ref(n);
+		int e = tn_detached(send_deferred, n);
+		if (e) {
+			tn_unref(n); // never the last: the caller has one
+			code = tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: the thread that starts the core cannot be made: %s", strerror(e));
 		}
 	}
+	if (!code) {
+		n->working = true;
+		n->deferred++;
+		*n->last = d;
+		n->last = &d->next;
+	}
+	pthread_mutex_unlock(&n->mu);
+	if (code)
+		free(d);
+	return code;
 }
 
 // ---- operations ----
@@ -128,7 +268,7 @@ static void op_destroy(void *p) {
 	free(op);
 }
 
-int tn_start_op_on(struct node *n, const struct args *a, struct op **out, tailnode_error *err) {
+int tn_start_op_on(struct node *n, const struct args *a, bool wait, struct op **out, tailnode_error *err) {
 	char *msg;
 	size_t len;
 	int code = tn_pack(&msg, &len, n->number, a, err);
@@ -143,13 +283,26 @@ int tn_start_op_on(struct node *n, const struct args *a, struct op **out, tailno
 	op->o = (struct object_header){.type = O_OP, .refs = 1, .destroy = op_destroy};
 	op->fd = op->passed = -1;
 	op->isolated = n->mode == TAILNODE_ISOLATED;
+	op->prefix = a->kind == K_STATS || a->kind == K_LOOPBACK ? sizeof(size_t) : 0;
 	int pair[2];
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0) {
 		code = tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: socketpair: %s", strerror(errno));
 	} else {
 		op->fd = pair[0];
-		code = send_on(n, msg, len, pair[1], err);
-		close(pair[1]);
+		if (!wait) {
+			code = send_soon(n, a->kind, msg, len, pair[1], err);
+			if (!code)
+				msg = NULL;
+			else
+				close(pair[1]);
+		} else {
+			code = send_on(n, a->kind, msg, len, pair[1], true, err);
+			if (code == NO_CORE) { // closed before it began
+				answer(pair[1], 0, NULL);
+				code = 0;
+			}
+			close(pair[1]);
+		}
 	}
 	free(msg);
 	if (code)
@@ -159,13 +312,13 @@ int tn_start_op_on(struct node *n, const struct args *a, struct op **out, tailno
 	return code;
 }
 
-int tn_start_op(uint64_t id, const struct args *a, struct op **out, tailnode_error *err) {
+int tn_start_op(uint64_t id, const struct args *a, bool wait, struct op **out, tailnode_error *err) {
 	CHECK_FORK(err);
 	int code = 0;
 	struct node *n = tn_handle_get(id, O_NODE, &code);
 	if (!n)
 		return tn_fail(err, code, 0, code == TAILNODE_CLOSED ? "tailnode: the node is closed" : "tailnode: this is not the handle of a node");
-	code = tn_start_op_on(n, a, out, err);
+	code = tn_start_op_on(n, a, wait, out, err);
 	tn_unref(n);
 	return code;
 }
@@ -183,15 +336,15 @@ static int fill(struct op *op) {
 			if (!op->data) {
 				if (op->head.magic != REPLY_MAGIC || op->head.data_len >= (uint32_t)INT_MAX)
 					return EPROTO;
-				op->data = malloc((size_t)op->head.data_len + 1);
+				op->data = malloc(op->prefix + (size_t)op->head.data_len + 1);
 				if (!op->data)
 					return ENOMEM;
 			}
 			if (have == op->head.data_len) {
-				op->data[have] = 0;
+				op->data[op->prefix + have] = 0;
 				return 0;
 			}
-			at = op->data + have;
+			at = op->data + op->prefix + have;
 			want = op->head.data_len - have;
 		}
 		ssize_t n = tn_recv_fd(op->fd, at, want, MSG_DONTWAIT, &op->passed);
@@ -214,7 +367,7 @@ static int deliver(struct op *op, int e, tailnode_result *out, tailnode_error *e
 		return tn_fail(err, op->isolated ? TAILNODE_CORE_LOST : TAILNODE_INTERNAL, e == ENODATA ? 0 : e,
 		               op->isolated ? "tailnode: the process that ran the node has ended" : "tailnode: the core gave no answer");
 	if (op->head.code) {
-		tn_set(err, op->head.code, op->head.sys_errno, op->data, op->head.data_len);
+		tn_set(err, op->head.code, op->head.sys_errno, op->data + op->prefix, op->head.data_len);
 		return op->head.code;
 	}
 	if (out) {
@@ -222,7 +375,9 @@ static int deliver(struct op *op, int e, tailnode_result *out, tailnode_error *e
 		op->passed = -1;
 		if (op->head.data_len) {
 			r.data = op->data;
-			r.data_len = op->head.data_len;
+			r.data_len = op->prefix + op->head.data_len;
+			if (op->prefix)
+				memcpy(r.data, &r.data_len, sizeof r.data_len); // the size field
 			op->data = NULL;
 		}
 		memcpy(out, &r, out->size < sizeof r ? out->size : sizeof r);
@@ -262,7 +417,7 @@ int tn_op_await(struct op *op, int64_t timeout_ms, tailnode_result *out, tailnod
 
 int tn_call(uint64_t node_id, const struct args *a, tailnode_result *out, tailnode_error *err) {
 	struct op *op;
-	int code = tn_start_op(node_id, a, &op, err);
+	int code = tn_start_op(node_id, a, true, &op, err);
 	if (code)
 		return code;
 	code = tn_op_await(op, -1, out, err);

@@ -265,6 +265,13 @@ extern "C" {
     pub fn tailnode_op_take(op: tailnode_op, out: *mut tailnode_result, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_op_wait(op: tailnode_op, timeout_ms: i64, out: *mut tailnode_result, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_op_cancel(op: tailnode_op) -> c_int;
+    pub fn tailnode_new_start(
+        opt: *const tailnode_options,
+        node: *mut tailnode_node,
+        op: *mut tailnode_op,
+        err: *mut tailnode_error,
+    ) -> c_int;
+    pub fn tailnode_start_start(node: tailnode_node, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_up_start(node: tailnode_node, timeout_ms: i64, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_close_start(node: tailnode_node, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_status_start(node: tailnode_node, peers: c_int, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
@@ -310,6 +317,13 @@ extern "C" {
         err: *mut tailnode_error,
     ) -> c_int;
     pub fn tailnode_watch_start(node: tailnode_node, flags: u32, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_loopback_start(node: tailnode_node, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_runtime_stats_start(node: tailnode_node, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_set_memory_limit_start(node: tailnode_node, bytes: i64, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_set_max_procs_start(node: tailnode_node, n: i32, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_set_gc_percent_start(node: tailnode_node, percent: i32, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_trim_start(node: tailnode_node, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
+    pub fn tailnode_memory_pressure_start(node: tailnode_node, level: c_int, op: *mut tailnode_op, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_runtime_stats(node: tailnode_node, out: *mut tailnode_stats, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_set_memory_limit(node: tailnode_node, bytes: i64, err: *mut tailnode_error) -> c_int;
     pub fn tailnode_set_max_procs(node: tailnode_node, n: i32, err: *mut tailnode_error) -> c_int;
