@@ -42,7 +42,7 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 		return
 	}
 	if src.Region == 0 {
-		p.path.Heard(src.Addr)
+		p.path.Heard(src)
 	}
 	if plain == nil {
 		return // a handshake message or keepalive that is dealt with

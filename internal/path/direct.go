@@ -59,11 +59,21 @@ const (
 	fromControl origin = 1 << iota
 	fromCall           // a call-me-maybe
 	fromPing           // an authenticated ping came from there
+	fromShake          // a peer relay that both nodes are bound to
 )
+
+// hop is where datagrams to a peer go: to an address of its own, or, with a VNI, to the peer relay there.
+type hop struct {
+	addr netip.AddrPort
+	vni  uint32
+}
+
+// IsValid reports whether there is one.
+func (h hop) IsValid() bool { return h.addr.IsValid() }
 
 // candidate is an address that may reach the peer.
 type candidate struct {
-	addr     netip.AddrPort
+	hop
 	from     origin
 	lastBack time.Time // ours to it because it pinged us
 	lastSeen time.Time // a ping from it
@@ -74,7 +84,7 @@ type candidate struct {
 type direct struct {
 	cands []candidate
 
-	best       netip.AddrPort // the path in use; invalid: the relay
+	best       hop // the path in use; invalid: the relay
 	trustUntil time.Time
 
 	traffic      time.Time     // of the last packet to the peer
@@ -105,9 +115,9 @@ func usable(ap netip.AddrPort) bool {
 // tailnet6 holds the addresses inside tailnets. A path to a peer cannot go through the tunnel to it.
 var tailnet6 = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
 
-func (d *direct) find(ap netip.AddrPort) *candidate {
+func (d *direct) find(h hop) *candidate {
 	for i := range d.cands {
-		if d.cands[i].addr == ap {
+		if d.cands[i].hop == h {
 			return &d.cands[i]
 		}
 	}
@@ -127,10 +137,10 @@ func (d *direct) list(eps []netip.AddrPort, o origin) {
 		if n++; n > maxListed {
 			break
 		}
-		if c := d.find(ap); c != nil {
+		if c := d.find(hop{addr: ap}); c != nil {
 			c.from |= o
 		} else {
-			d.cands = append(d.cands, candidate{addr: ap, from: o})
+			d.cands = append(d.cands, candidate{hop: hop{addr: ap}, from: o})
 		}
 	}
 	d.prune()
@@ -140,7 +150,7 @@ func (d *direct) list(eps []netip.AddrPort, o origin) {
 func (d *direct) prune() {
 	kept := d.cands[:0]
 	for _, c := range d.cands {
-		if c.from != 0 || c.addr == d.best {
+		if c.from != 0 || c.hop == d.best {
 			kept = append(kept, c)
 		}
 	}
@@ -153,11 +163,11 @@ func (d *direct) observe(now time.Time, ap netip.AddrPort) *candidate {
 	if !usable(ap) {
 		return nil
 	}
-	c := d.find(ap)
+	c := d.find(hop{addr: ap})
 	if c == nil {
 		n, oldest := 0, -1
 		for i := range d.cands {
-			if x := &d.cands[i]; x.from == fromPing && x.addr != d.best {
+			if x := &d.cands[i]; x.from == fromPing && x.hop != d.best {
 				n++
 				if oldest < 0 || x.lastSeen.Before(d.cands[oldest].lastSeen) {
 					oldest = i
@@ -168,7 +178,7 @@ func (d *direct) observe(now time.Time, ap netip.AddrPort) *candidate {
 			d.cands[oldest] = candidate{}
 			d.cands = append(d.cands[:oldest], d.cands[oldest+1:]...)
 		}
-		d.cands = append(d.cands, candidate{addr: ap})
+		d.cands = append(d.cands, candidate{hop: hop{addr: ap}})
 		c = &d.cands[len(d.cands)-1]
 	}
 	c.from |= fromPing
@@ -183,10 +193,13 @@ func (d *direct) inSession(now time.Time) bool {
 
 func (d *direct) trusted(now time.Time) bool { return d.best.IsValid() && now.Before(d.trustUntil) }
 
+// settled reports whether there is nothing better to look for: a path that is trusted, and not by way of a peer relay.
+func (d *direct) settled(now time.Time) bool { return d.best.vni == 0 && d.trusted(now) }
+
 // endpoints takes the peer's endpoints from control.
 func (mc *machine) endpoints(now time.Time, eps []netip.AddrPort) {
 	mc.d.list(eps, fromControl)
-	if mc.d.inSession(now) && !mc.d.trusted(now) {
+	if mc.d.inSession(now) && !mc.d.settled(now) {
 		mc.startRounds(now)
 	}
 }
@@ -202,7 +215,9 @@ func (mc *machine) callMeMaybe(now time.Time, eps []netip.AddrPort) {
 	d.called = now
 	mc.lastUsed = now
 	d.list(eps, fromCall)
-	mc.suspect(now)
+	if d.settled(now) { // by way of a peer relay there are calls as long as there is hope for better
+		mc.suspect(now)
+	}
 	mc.pingAll(now, nil)
 }
 
@@ -216,7 +231,11 @@ func (mc *machine) relayed(now time.Time) {
 	mc.suspect(now)
 	if now.Sub(d.asked) >= askBack {
 		d.asked = now
-		mc.acts = append(mc.acts, action{kind: sendCall})
+		if s := mc.shakeOf(d.best); s != nil {
+			mc.acts = append(mc.acts, action{kind: sendVia, shake: s})
+		} else {
+			mc.acts = append(mc.acts, action{kind: sendCall})
+		}
 	}
 }
 
@@ -232,10 +251,10 @@ func (mc *machine) sending(now, heard time.Time) {
 		d.beatAt = now.Add(heartbeat)
 		d.upgradeAt = now.Add(upgradeEvery)
 	}
+	if !d.settled(now) && d.roundAt.IsZero() {
+		mc.startRounds(now)
+	}
 	if !d.trusted(now) {
-		if d.roundAt.IsZero() {
-			mc.startRounds(now)
-		}
 		return
 	}
 	if d.unanswered.IsZero() {
@@ -284,6 +303,7 @@ func (mc *machine) changed(now time.Time) {
 	for i := range mc.d.cands {
 		mc.d.cands[i].rtt = 0
 	}
+	mc.dropShakes()
 	mc.distrust(now)
 }
 
@@ -293,7 +313,10 @@ func (mc *machine) distrust(now time.Time) {
 	if d.best.IsValid() {
 		mc.acts = append(mc.acts, action{kind: setRoute})
 	}
-	d.best, d.trustUntil, d.suspectUntil = netip.AddrPort{}, time.Time{}, time.Time{}
+	if s := mc.shakeOf(d.best); s != nil && d.inSession(now) {
+		mc.lostShake(s)
+	}
+	d.best, d.trustUntil, d.suspectUntil = hop{}, time.Time{}, time.Time{}
 	d.unanswered, d.suspectAt, d.quietAt = time.Time{}, time.Time{}, time.Time{}
 	d.prune()
 	if d.inSession(now) {
@@ -318,6 +341,9 @@ func (mc *machine) nextRound(now time.Time) {
 	d.prune()
 	mc.pingAll(now, nil)
 	mc.acts = append(mc.acts, action{kind: sendCall})
+	if d.round > 0 {
+		mc.askRelays(now)
+	}
 	wait := roundEvery
 	if d.round < len(firstRounds) {
 		wait = firstRounds[d.round]
@@ -328,19 +354,21 @@ func (mc *machine) nextRound(now time.Time) {
 
 func (mc *machine) pingAll(now time.Time, req *pingRequest) {
 	for i := range mc.d.cands {
-		mc.pingTo(now, &mc.d.cands[i], req)
+		if c := &mc.d.cands[i]; req != nil || c.vni == 0 || c.hop != mc.d.best { // else the heartbeat does
+			mc.pingTo(now, c, req)
+		}
 	}
 }
 
 func (mc *machine) pingTo(now time.Time, c *candidate, req *pingRequest) {
-	mc.send(now, via{addr: c.addr}, req)
+	mc.send(now, via{addr: c.addr, vni: c.vni}, req)
 }
 
 // directPing acts on an authenticated ping from ap beyond answering it.
 func (mc *machine) directPing(now time.Time, ap netip.AddrPort) {
 	d := &mc.d
 	c := d.observe(now, ap)
-	if c == nil || d.trusted(now) || now.Sub(c.lastBack) < pingBack {
+	if c == nil || d.settled(now) || now.Sub(c.lastBack) < pingBack {
 		return
 	}
 	if d.inSession(now) || now.Sub(d.called) < callWindow {
@@ -350,18 +378,18 @@ func (mc *machine) directPing(now time.Time, ap netip.AddrPort) {
 }
 
 // directPong takes the round trip of a candidate.
-func (mc *machine) directPong(now time.Time, ap netip.AddrPort, rtt time.Duration) {
+func (mc *machine) directPong(now time.Time, h hop, rtt time.Duration) {
 	d := &mc.d
-	c := d.find(ap)
+	c := d.find(h)
 	if c == nil {
 		return // no longer one
 	}
-	if c.rtt == 0 || ap != d.best {
+	if c.rtt == 0 || h != d.best {
 		c.rtt = rtt
 	} else {
 		c.rtt = (7*c.rtt + rtt) / 8 // one slow pong does not make a slow path
 	}
-	if ap == d.best {
+	if h == d.best {
 		if !d.suspectUntil.IsZero() {
 			d.patience = min(maxPatience, 2*d.patience+suspectAfter)
 		}
@@ -369,8 +397,8 @@ func (mc *machine) directPong(now time.Time, ap netip.AddrPort, rtt time.Duratio
 	} else if b := d.find(d.best); d.trusted(now) && b != nil && !better(c, b) {
 		return
 	}
-	if d.best != ap {
-		d.best, d.heard, d.suspectUntil = ap, now, time.Time{}
+	if d.best != h {
+		d.best, d.heard, d.suspectUntil = h, now, time.Time{}
 		d.unanswered, d.suspectAt = time.Time{}, time.Time{}
 		if !d.inSession(now) {
 			d.beatAt = time.Time{}
@@ -379,8 +407,10 @@ func (mc *machine) directPong(now time.Time, ap netip.AddrPort, rtt time.Duratio
 		}
 	}
 	d.trustUntil = now.Add(trustFor)
-	d.roundAt = time.Time{}
-	mc.acts = append(mc.acts, action{kind: setRoute, to: via{addr: ap}, until: d.trustUntil})
+	if h.vni == 0 {
+		d.roundAt = time.Time{}
+	}
+	mc.acts = append(mc.acts, action{kind: setRoute, to: via{addr: h.addr, vni: h.vni}, until: d.trustUntil})
 }
 
 // cost is a round trip, shortened for what counts in an address's favour besides: a private network is spared
@@ -398,8 +428,12 @@ func cost(c *candidate) time.Duration {
 	return t
 }
 
-// better reports whether a is enough better than b, the path in use, to change.
+// better reports whether a is enough better than b, the path in use, to change. Any direct path is better than one by way of
+// a peer relay.
 func better(a, b *candidate) bool {
+	if (a.vni == 0) != (b.vni == 0) {
+		return a.vni == 0
+	}
 	ca, cb := cost(a), cost(b)
 	return ca < cb*8/10 && cb-ca > 100*time.Microsecond
 }

@@ -160,7 +160,7 @@ func TestDoubtSendsBoth(t *testing.T) {
 	p.info.Store(&PeerInfo{})
 	p.told.Store(m.now() + int64(time.Hour)) // the owner need not hear of this
 	p.home.Store(1)
-	p.route.Store(&route{addr: doubtAddr, until: m.now() + int64(time.Hour), since: time.Now()})
+	p.route.Store(&route{hop: hop{addr: doubtAddr}, until: m.now() + int64(time.Hour), since: time.Now()})
 	for _, tt := range []struct {
 		name       string
 		doubt      time.Duration

@@ -92,6 +92,7 @@ type inode struct {
 type nodeOpts struct {
 	noSTUN bool
 	noUDP  bool
+	relay  PeerRelay
 	port   uint16 // fixed
 }
 
@@ -99,7 +100,7 @@ func (w *internet) node(o nodeOpts, addrs ...string) *inode {
 	w.t.Helper()
 	n := &inode{w: w, key: key.NewNode().Public(), disco: key.NewDisco(), received: make(map[uint32]bool)}
 	n.host = w.net.Host(addrs...)
-	cfg := Config{FixedPort: o.port, NodeKey: n.key, DiscoKey: n.disco, Relay: n, NewSink: func() Sink { return &isink{n} },
+	cfg := Config{FixedPort: o.port, NodeKey: n.key, DiscoKey: n.disco, Relay: n, NewSink: func() Sink { return &isink{n} }, PeerRelay: o.relay,
 		Endpoints: func(eps []Endpoint) {
 			n.mu.Lock()
 			n.eps = eps
@@ -200,7 +201,7 @@ type isink struct{ n *inode }
 func (s *isink) WireGuard(src Source, _ *Peer, b []byte) {
 	n := s.n
 	if src.Region == 0 {
-		n.m.Peer(n.peer.key).Heard(src.Addr)
+		n.m.Peer(n.peer.key).Heard(src)
 	}
 	now := time.Now()
 	n.mu.Lock()

@@ -17,10 +17,12 @@ const maxQueued = 16
 type eventKind uint8
 
 const (
-	evDisco  eventKind = iota + 1 // src, pkt
-	evPing                        // req
-	evCancel                      // req
-	evStun                        // src, pkt
+	evDisco    eventKind = iota + 1 // src, pkt
+	evPing                          // req
+	evCancel                        // req
+	evStun                          // src, pkt
+	evBind                          // src, pkt: from a peer relay
+	evEndpoint                      // p, relay, generation: this node's own relay has made an endpoint
 )
 
 // event is what the owner of the machines is told.
@@ -30,6 +32,10 @@ type event struct {
 	src  Source
 	pkt  []byte
 	req  *pingRequest
+
+	relay      *disco.RelayEndpoint
+	generation uint32
+	own        bool // it is for this node
 }
 
 // active is a peer with something going on.
@@ -42,7 +48,8 @@ type active struct {
 	at     time.Time // when the machine wants tick
 	index  int       // in the heap
 
-	wantsCall bool // a call-me-maybe waits for fresh endpoints
+	wantsCall bool  // a call-me-maybe waits for fresh endpoints
+	asks      []ask // peer relays that have been asked for an endpoint to this peer
 }
 
 // owner holds what belongs to the Manager's goroutine alone.
@@ -55,6 +62,9 @@ type owner struct {
 	group  []*Peer // room for siblings
 	plain  []byte  // room for a plaintext
 	out    []byte  // room for a sealed message
+
+	wrapped    []byte // room for one behind a Geneve header
+	generation uint32 // of requests to peer relays
 }
 
 // discoIn checks the outside of a sealed message and queues a copy of it. The expensive part, opening the box,
@@ -152,6 +162,11 @@ func (o *owner) handle(now time.Time, ev event) {
 		o.m.stunWant.Add(1)
 		o.self.answer(now, ev.src.Addr, ev.pkt)
 		o.tickSelf(now)
+	case evBind:
+		ev.p.queued.Add(-1)
+		o.fromPeerRelay(now, ev)
+	case evEndpoint:
+		o.ownEndpoint(now, ev)
 	}
 }
 
@@ -239,7 +254,7 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) (fro
 	if err != nil {
 		return a, false
 	}
-	way := via{region: uint16(src.Region), addr: src.Addr}
+	way := via{region: uint16(src.Region), addr: src.Addr, vni: src.VNI}
 	switch typ {
 	case disco.TypePing:
 		m, err := disco.ParsePing(body)
@@ -254,7 +269,7 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) (fro
 		}
 		a.mc.gotPing(now, way, observed, &m)
 		if src.Region == 0 && o.m.cfg.UDP != nil {
-			a.p.pinged.Store(&route{addr: src.Addr, until: o.m.now() + int64(pingedFor)})
+			a.p.pinged.Store(&route{hop: hop{src.Addr, src.VNI}, until: o.m.now() + int64(pingedFor)})
 		}
 		looks = true
 	case disco.TypePong:
@@ -283,6 +298,10 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) (fro
 		if src.Region != 0 && o.m.cfg.UDP != nil {
 			a.mc.callMeMaybe(now, disco.ParseCallMeMaybe(version, body, nil).Endpoints)
 			looks = true
+		}
+	case disco.TypeCallMeMaybeVia, disco.TypeAllocateRequest, disco.TypeAllocateResponse:
+		if src.Region != 0 && o.m.cfg.UDP != nil {
+			o.relayMessage(now, a, typ, version, body)
 		}
 	}
 	return a, looks
@@ -349,6 +368,8 @@ func (o *owner) drop(a *active) {
 	for _, r := range a.mc.reqs {
 		close(r.done)
 	}
+	a.mc.dropShakes()
+	o.endShakes(a)
 	delete(o.active, a.p)
 	a.p.active.Store(false)
 	a.p.route.Store(nil)
@@ -396,6 +417,18 @@ func (o *owner) run(now time.Time, a *active) {
 			o.setRoute(now, a, act)
 		case doubt:
 			a.p.doubt.Store(int64(act.until.Sub(o.m.start)))
+		case askRelays:
+			o.askRelays(now, a)
+		case sendVia:
+			m := disco.CallMeMaybeVia{RelayEndpoint: act.shake.ep}
+			o.plain = m.Append(o.plain[:0])
+			o.send(a, via{})
+		case sendBind, sendAnswer:
+			o.sendBind(a, act)
+		case shaking:
+			o.setShake(a, act.shake, true)
+		case shaken:
+			o.setShake(a, act.shake, false)
 		}
 	}
 	clear(a.mc.acts)
@@ -421,8 +454,8 @@ func (o *owner) setRoute(now time.Time, a *active, act *action) {
 		}
 		return
 	}
-	rt := &route{addr: act.to.addr, until: int64(act.until.Sub(o.m.start)), since: now}
-	same := old != nil && old.addr == rt.addr && now.Before(o.m.start.Add(time.Duration(old.until)))
+	rt := &route{hop: act.to.hop(), until: int64(act.until.Sub(o.m.start)), since: now}
+	same := old != nil && old.hop == rt.hop && now.Before(o.m.start.Add(time.Duration(old.until)))
 	if same {
 		rt.since = old.since
 	}
@@ -430,7 +463,7 @@ func (o *owner) setRoute(now time.Time, a *active, act *action) {
 	if same {
 		return
 	}
-	o.m.log.Debug("path: direct", "peer", a.p.key.ShortString(), "addr", rt.addr)
+	o.m.log.Debug("path: direct", "peer", a.p.key.ShortString(), "addr", rt.addr, "vni", rt.vni)
 	if f := o.m.cfg.DirectUp; f != nil {
 		f(a.p, a.p.region() != 0)
 	}
@@ -460,8 +493,8 @@ func (o *owner) send(a *active, to via) {
 	}
 	o.out = disco.Seal(o.out[:0], o.m.discoPK, &a.shared, o.plain)
 	if r == 0 {
-		if u := o.m.cfg.UDP; u != nil {
-			u.Send(to.addr, o.out, len(o.out)) // not every candidate can be sent to
+		if o.m.cfg.UDP != nil {
+			o.sendTo(to.hop(), false, o.out) // not every candidate can be sent to
 		}
 		return
 	}

@@ -88,7 +88,7 @@ type loopSink struct {
 
 func (s *loopSink) WireGuard(src Source, _ *Peer, b []byte) {
 	if src.Region == 0 {
-		s.n.m.Peer(s.n.peer.key).Heard(src.Addr)
+		s.n.m.Peer(s.n.peer.key).Heard(src)
 	}
 	if s.got += len(b); b[8] == 1 {
 		select {

@@ -28,7 +28,10 @@ const (
 type via struct {
 	region uint16
 	addr   netip.AddrPort
+	vni    uint32 // addr is a peer relay's
 }
+
+func (v via) hop() hop { return hop{v.addr, v.vni} }
 
 type actionKind uint8
 
@@ -39,6 +42,12 @@ const (
 	sendCall                         // a call-me-maybe with this node's endpoints, over the relay
 	setRoute                         // to, until: data goes straight to the address; invalid: by the relay
 	doubt                            // until: data goes by the relay as well
+	askRelays                        // peer relays are asked for an endpoint
+	sendVia                          // a call-me-maybe-via with the endpoint of shake, over the relay
+	sendBind                         // to, shake: a bind message
+	sendAnswer                       // to, shake: the answer to its challenge
+	shaking                          // shake has begun
+	shaken                           // shake is over
 )
 
 // action is what a machine wants done.
@@ -51,6 +60,7 @@ type action struct {
 	req    *pingRequest
 	result PingResult
 	until  time.Time
+	shake  *shake
 }
 
 // pingRequest is a ping that somebody waits for.
@@ -77,6 +87,7 @@ type machine struct {
 	sent []sentPing // oldest first
 	reqs []*pingRequest
 	d    direct
+	r    relaying
 
 	tokens   float64 // answers that the peer may still have
 	tokensAt time.Time
@@ -97,13 +108,16 @@ func (mc *machine) ping(now time.Time, req *pingRequest) {
 // sendFor pings by the relay and, if the direct path in use is not trusted, by all candidates.
 func (mc *machine) sendFor(now time.Time, req *pingRequest) {
 	req.next = now.Add(retryPing)
-	if mc.d.trusted(now) {
+	if mc.d.settled(now) {
 		mc.pingTo(now, mc.d.find(mc.d.best), req)
 		return
 	}
-	mc.send(now, via{}, req)
+	if !mc.d.trusted(now) {
+		mc.send(now, via{}, req)
+	}
 	mc.pingAll(now, req)
-	mc.acts = append(mc.acts, action{kind: sendCall}) // so that the next ping may show a direct path
+	mc.acts = append(mc.acts, action{kind: sendCall}) // so that the next ping may show a better path
+	mc.askRelays(now)
 }
 
 // send sends a ping and remembers it.
@@ -147,7 +161,10 @@ func (mc *machine) gotPing(now time.Time, from via, src netip.AddrPort, m *disco
 	}
 	mc.tokens--
 	mc.acts = append(mc.acts, action{kind: sendPong, to: from, tx: m.TxID, src: src})
-	if from.region == 0 {
+	switch {
+	case from.vni != 0:
+		mc.shakePing(now, from.hop())
+	case from.region == 0:
 		mc.directPing(now, from.addr)
 	}
 }
@@ -164,12 +181,15 @@ func (mc *machine) gotPong(now time.Time, from via, m *disco.Pong) time.Duration
 		rtt := max(now.Sub(s.at), 1)
 		if s.to.addr.IsValid() && from.region == 0 {
 			// The ping arrived where it was sent, whatever the pong's source: a NAT may change that.
-			mc.directPong(now, s.to.addr, rtt)
-			from.addr = s.to.addr
+			from = s.to
+			if from.vni != 0 {
+				mc.shakePong(now, from.hop())
+			}
+			mc.directPong(now, from.hop(), rtt)
 		}
 		if s.req != nil {
 			mc.acts = append(mc.acts, action{kind: pingAnswer, req: s.req,
-				result: PingResult{Latency: rtt, Addr: from.addr, Region: int(from.region)}})
+				result: PingResult{Latency: rtt, Addr: from.addr, VNI: from.vni, Region: int(from.region)}})
 			mc.cancel(s.req)
 		}
 		return rtt
@@ -186,6 +206,7 @@ func (mc *machine) tick(now time.Time) {
 		}
 	}
 	mc.directTick(now)
+	mc.shakeTick(now)
 }
 
 // forget drops pings that nobody may answer any more.
@@ -203,12 +224,21 @@ func (mc *machine) forget(now time.Time) {
 
 // idle reports whether the machine may be thrown away.
 func (mc *machine) idle(now time.Time) bool {
-	return len(mc.reqs) == 0 && mc.d.directNext().IsZero() && now.Sub(mc.lastUsed) >= idleAfter
+	return len(mc.reqs) == 0 && mc.working().IsZero() && now.Sub(mc.lastUsed) >= idleAfter
+}
+
+// working returns when tick has something to do for the paths, zero for never.
+func (mc *machine) working() time.Time {
+	t, r := mc.d.directNext(), mc.r.next()
+	if t.IsZero() || !r.IsZero() && r.Before(t) {
+		t = r
+	}
+	return t
 }
 
 // next returns when tick or idle has something to say.
 func (mc *machine) next() time.Time {
-	t := mc.d.directNext()
+	t := mc.working()
 	if t.IsZero() && len(mc.reqs) == 0 {
 		return mc.lastUsed.Add(idleAfter)
 	}

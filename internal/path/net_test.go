@@ -337,7 +337,7 @@ func TestWireGuardOnly(t *testing.T) {
 			t.Fatalf("%d packets, %+v", b.byUDP, a.m.Path(b.key))
 		}
 		to := netip.MustParseAddrPort("4.4.4.4:4")
-		a.m.Peer(b.key).Heard(to)
+		a.m.Peer(b.key).Heard(Source{Addr: to})
 		if pi := a.m.Path(b.key); pi.Addr != to {
 			t.Errorf("%+v", pi)
 		}

@@ -56,10 +56,12 @@ type Relay interface {
 }
 
 // Source is where a packet came from. Region != 0: that relay region, from the node Key. Otherwise from Addr over UDP.
+// With a VNI, Addr is that of the peer relay through which it came.
 type Source struct {
 	Region int
 	Key    key.NodePublic
 	Addr   netip.AddrPort
+	VNI    uint32
 }
 
 // Sink takes what one receive loop has received. Its methods are called by that loop alone, one at a time.
@@ -95,8 +97,10 @@ type Config struct {
 	// Alive, if not nil, is told of each authentic discovery message: the peer is there, and can be reached. looks says that it
 	// was a ping or a call-me-maybe: the peer has something to send to this node, or looks after the path by which it
 	// has been sending. It runs on the Manager's goroutine, may send to the peer, and must not block.
-	Alive  func(p *Peer, looks bool)
-	Logger *slog.Logger // nil: silent
+	Alive func(p *Peer, looks bool)
+	// PeerRelay, if not nil, is the peer relay that this node is for others, and for itself.
+	PeerRelay PeerRelay
+	Logger    *slog.Logger // nil: silent
 }
 
 // PeerInfo is what control says of a peer.
@@ -107,23 +111,28 @@ type PeerInfo struct {
 	Endpoints     []netip.AddrPort
 	WireGuardOnly bool // speaks neither disco nor DERP
 	Cap           int  // capability version
+	// Relay says that this node may ask the peer for endpoints on the relay that it is.
+	Relay bool
 }
 
 // PingResult is the answer to a ping.
 type PingResult struct {
 	Latency time.Duration
-	Addr    netip.AddrPort // where a direct answer came from
-	Region  int            // the relay region of a relayed answer
+	Addr    netip.AddrPort // where a direct answer came from, or with a VNI the peer relay by which it came
+	VNI     uint32
+	Region  int // the relay region of a relayed answer
 }
 
 // PathInfo says how a peer is reached.
 type PathInfo struct {
-	Region int            // relay region, 0 if direct
+	Region int            // relay region, 0 if direct or by a peer relay
 	Addr   netip.AddrPort // direct address, if direct
+	Relay  netip.AddrPort // of the peer relay, if by one
+	VNI    uint32         // at that
 	RTT    time.Duration  // of the last pong; 0: none yet
 	// Since is when this path was taken into use; zero before the first packet.
 	Since        time.Time
-	WhyNotDirect string // for a relayed path
+	WhyNotDirect string // for a relayed path, of either kind
 }
 
 // Manager finds and chooses paths. Its methods are safe for concurrent use.
@@ -135,9 +144,11 @@ type Manager struct {
 	mu      sync.RWMutex // guards the two
 	peers   map[key.NodePublic]*Peer
 	byDisco map[key.DiscoPublic]*Peer // the first of those with this key; Peer.sibling is the next
+	shakes  map[shakeKey]*Peer        // endpoints on peer relays, by what the relay's messages say
 
-	connected atomic.Pointer[[]uint16] // relay regions with a connection; never nil
-	sinkMu    sync.Mutex               // guards changes of sinks
+	relays    atomic.Pointer[relayList] // peer relays that may be asked; nil: none
+	connected atomic.Pointer[[]uint16]  // relay regions with a connection; never nil
+	sinkMu    sync.Mutex                // guards changes of sinks
 	sinks     atomic.Pointer[map[int]Sink]
 
 	closed atomic.Bool
@@ -201,6 +212,7 @@ func New(cfg Config) (*Manager, error) {
 		discoPK: cfg.DiscoKey.Public(),
 		peers:   make(map[key.NodePublic]*Peer),
 		byDisco: make(map[key.DiscoPublic]*Peer),
+		shakes:  make(map[shakeKey]*Peer),
 		done:    make(chan struct{}),
 		events:  make(chan event, 64),
 		start:   time.Now(),
@@ -385,7 +397,7 @@ func (r *Reply) Send(b []byte, seg int) error {
 	case r.src.Region != 0:
 		return r.m.cfg.Relay.Send(r.src.Region, r.src.Key, b, seg)
 	case r.m.cfg.UDP != nil && r.src.Addr.IsValid():
-		return r.m.cfg.UDP.Send(r.src.Addr, b, seg)
+		return r.m.transmit(hop{r.src.Addr, r.src.VNI}, b, seg)
 	}
 	return ErrNoPath
 }
@@ -397,8 +409,9 @@ func (r *Reply) AppendSource(b []byte) []byte {
 		return r.src.Key.AppendTo(b)
 	}
 	a := r.src.Addr.Addr().As16()
-	port := r.src.Addr.Port()
-	return append(append(b, a[:]...), byte(port>>8), byte(port))
+	port, vni := r.src.Addr.Port(), r.src.VNI
+	b = append(append(b, a[:]...), byte(port>>8), byte(port))
+	return append(b, byte(vni>>16), byte(vni>>8), byte(vni))
 }
 
 // FromRelay takes a packet that region delivered from the node src. Calls for one region must come
@@ -511,7 +524,11 @@ func (m *Manager) Path(k key.NodePublic) PathInfo {
 // Path says how the peer is reached now.
 func (p *Peer) Path() PathInfo {
 	if rt := p.direct(); rt != nil {
-		return PathInfo{Addr: rt.addr, RTT: time.Duration(p.rtt.Load()), Since: rt.since}
+		pi := PathInfo{Addr: rt.addr, RTT: time.Duration(p.rtt.Load()), Since: rt.since}
+		if rt.vni != 0 {
+			pi.Addr, pi.Relay, pi.VNI, pi.WhyNotDirect = netip.AddrPort{}, rt.addr, rt.vni, p.whyNotDirect()
+		}
+		return pi
 	}
 	pi := PathInfo{Region: int(p.region()), RTT: time.Duration(p.rtt.Load())}
 	if ns := p.since.Load(); ns != 0 && int(p.used.Load()) == pi.Region {

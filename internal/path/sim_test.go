@@ -198,7 +198,7 @@ func (n *simNode) data() {
 	if n.route.addr.IsValid() && s.now.Before(n.until) {
 		n.directPkts++
 		n.udp(n.route.addr, func(src netip.AddrPort) {
-			if src == n.peer.mc.d.best {
+			if src == n.peer.mc.d.best.addr {
 				n.peer.heard = s.now
 			}
 			arrive()

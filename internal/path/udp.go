@@ -29,7 +29,7 @@ type Endpoint struct {
 
 // route is the decision to send to an address. It is immutable.
 type route struct {
-	addr  netip.AddrPort
+	hop
 	until int64 // since Manager.start
 	since time.Time
 }
@@ -96,7 +96,7 @@ func (p *Peer) sendDirect(b []byte, seg int) (sent, sure bool) {
 	if rt == nil || now >= rt.until {
 		return false, false
 	}
-	if p.m.cfg.UDP.Send(rt.addr, b, seg) != nil {
+	if p.m.transmit(rt.hop, b, seg) != nil {
 		p.tell(flagFailed)
 		return false, false
 	}
@@ -139,24 +139,24 @@ func (p *Peer) sendHandshake(b []byte, seg int) bool {
 		return false
 	}
 	at := p.pinged.Load()
-	return at != nil && p.m.now() < at.until && p.m.cfg.UDP.Send(at.addr, b, seg) == nil
+	return at != nil && p.m.now() < at.until && p.m.transmit(at.hop, b, seg) == nil
 }
 
 // maxHandshake is the length of the longest message of types 1 to 3, the initiation (WireGuard paper §5.4.2).
 const maxHandshake = 148
 
-// Heard says that an authentic WireGuard message of this peer came from addr. It is what shows that
+// Heard says that an authentic WireGuard message of this peer came from src, over UDP. It is what shows that
 // the path in use lives; for a WireGuard-only peer it also says where the peer is now (WireGuard paper §2.1).
-func (p *Peer) Heard(addr netip.AddrPort) {
-	rt := p.route.Load()
-	if rt != nil && rt.addr == addr {
+func (p *Peer) Heard(src Source) {
+	rt, at := p.route.Load(), hop{src.Addr, src.VNI}
+	if rt != nil && rt.hop == at {
 		if now := p.m.clock.Load(); p.heardAt.Load() != now {
 			p.heardAt.Store(now)
 		}
 		return
 	}
-	if addr.IsValid() && p.info.Load().WireGuardOnly && p.m.cfg.UDP != nil {
-		p.route.Store(&route{addr: addr, until: math.MaxInt64, since: time.Now()})
+	if at.IsValid() && at.vni == 0 && p.info.Load().WireGuardOnly && p.m.cfg.UDP != nil {
+		p.route.Store(&route{hop: at, until: math.MaxInt64, since: time.Now()})
 	}
 }
 
@@ -172,7 +172,7 @@ func (p *Peer) infoChanged(info *PeerInfo) {
 		v4, v6 := p.m.cfg.UDP.Ports()
 		for _, ap := range info.Endpoints {
 			if usable(ap) && (ap.Addr().Is4() && v4 != 0 || ap.Addr().Is6() && v6 != 0) {
-				p.route.Store(&route{addr: ap, until: math.MaxInt64, since: time.Now()})
+				p.route.Store(&route{hop: hop{addr: ap}, until: math.MaxInt64, since: time.Now()})
 				break
 			}
 		}
@@ -201,7 +201,20 @@ func (m *Manager) FromUDP(socket int, src netip.AddrPort, b []byte, seg int) {
 			}
 			s.WireGuard(Source{Addr: src}, nil, pkt)
 		case disco.Is(pkt):
-			m.discoFromUDP(src, pkt)
+			m.discoFromUDP(Source{Addr: src}, pkt)
+		case isGeneve(pkt):
+			g, _ := disco.ParseGeneve(pkt)
+			pkt, from := pkt[disco.GeneveLen:], Source{Addr: src, VNI: g.VNI}
+			switch {
+			case g.VNI == 0:
+			case g.Protocol == disco.GeneveDisco:
+				m.discoFromPeerRelay(from, g.Control, pkt)
+			case !g.Control && isWireGuard(pkt):
+				if s == nil {
+					s = m.sink(-1 - socket)
+				}
+				s.WireGuard(from, nil, pkt)
+			}
 		case stun.Is(pkt):
 			m.stunIn(src, pkt)
 		}
@@ -211,7 +224,7 @@ func (m *Manager) FromUDP(socket int, src netip.AddrPort, b []byte, seg int) {
 	}
 }
 
-func (m *Manager) discoFromUDP(src netip.AddrPort, b []byte) {
+func (m *Manager) discoFromUDP(src Source, b []byte) {
 	sender, ok := disco.Sender(b)
 	if !ok {
 		return
@@ -219,16 +232,16 @@ func (m *Manager) discoFromUDP(src netip.AddrPort, b []byte) {
 	m.mu.RLock()
 	p := m.byDisco[sender]
 	m.mu.RUnlock()
-	m.discoIn(Source{Addr: src}, p, b)
+	m.discoIn(src, p, b)
 }
 
 // stunIn queues what may be an answer of a STUN server, as long as answers are awaited.
 func (m *Manager) stunIn(src netip.AddrPort, b []byte) {
 	if len(b) > 512 || m.stunWant.Add(-1) < 0 {
 		m.stunWant.Add(1)
-	if f := m.cfg.STUN; f != nil {
-		f(src, b)
-	}
+		if f := m.cfg.STUN; f != nil {
+			f(src, b)
+		}
 		return
 	}
 	select {

@@ -1,0 +1,357 @@
+package path
+
+import (
+	"bytes"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/tailnode/tailnode/internal/disco"
+	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/memnet"
+	"github.com/tailnode/tailnode/internal/natlab"
+	"github.com/tailnode/tailnode/internal/peerrelay"
+	"github.com/tailnode/tailnode/internal/udp"
+)
+
+// prelay is a node that is a peer relay, in the open.
+type prelay struct {
+	*inode
+	w     *internet
+	addr  string
+	srv   *peerrelay.Server
+	deny  atomic.Bool
+	asked atomic.Int32
+}
+
+func (w *internet) prelay(addr string) *prelay {
+	r := &prelay{w: w, addr: addr}
+	r.inode = w.node(nodeOpts{relay: r}, addr)
+	r.start()
+	w.t.Cleanup(func() { r.srv.Close() })
+	return r
+}
+
+func (r *prelay) start() {
+	var err error
+	r.srv, err = peerrelay.Open(peerrelay.Config{Port: 4242, Listen: func(network, address string) (udp.PacketConn, error) {
+		c, err := r.host.ListenPacket(network, address)
+		if err != nil {
+			return nil, err
+		}
+		return &counted{c, r.w}, nil
+	}})
+	if err != nil {
+		r.w.t.Fatal(err)
+	}
+	r.srv.SetLocal([]netip.Addr{netip.MustParseAddr(r.addr)})
+}
+
+func (r *prelay) Allocate(from, other key.DiscoPublic, answer func(disco.RelayEndpoint)) {
+	r.asked.Add(1)
+	r.srv.Allocate(from, other, answer)
+}
+
+func (r *prelay) Allows(key.NodePublic) bool { return !r.deny.Load() }
+
+// mayUse has control tell the nodes of the relay, and the relay of them.
+func (w *internet) mayUse(r *prelay, nodes ...*inode) {
+	for _, n := range nodes {
+		info := r.info()
+		info.Cap, info.Relay = relayCap, true
+		n.m.UpsertPeer(info)
+		info = n.info()
+		info.Cap = relayCap
+		r.m.UpsertPeer(info)
+		if n.peer != nil {
+			info = n.peer.info()
+			info.Cap = relayCap
+			n.m.UpsertPeer(info)
+		}
+		n.m.SetPeerRelays(true, false)
+	}
+}
+
+func (n *inode) byPeerRelay() bool { return n.m.Path(n.peer.key).VNI != 0 }
+
+// hard is a pair without a direct path.
+func hard(w *internet) (a, b *inode, na, nb *natlab.NAT) {
+	const apd = natlab.AddressAndPortDependent
+	na = w.nat("10.0.0.0/24", "1.1.1.1", apd, apd)
+	nb = w.nat("10.0.1.0/24", "2.2.2.2", apd, apd)
+	a, b = w.node(nodeOpts{}, "10.0.0.2"), w.node(nodeOpts{}, "10.0.1.2")
+	w.pair(a, b)
+	return a, b, na, nb
+}
+
+func TestPeerRelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		a, b, _, _ := hard(w)
+		r := w.prelay("5.5.5.5")
+		w.mayUse(r, a, b)
+		w.talk(2*time.Second, 20*time.Millisecond, a, b)
+		for _, n := range []*inode{a, b} {
+			pi := n.m.Path(n.peer.key)
+			if pi.VNI == 0 || pi.Relay != netip.MustParseAddrPort("5.5.5.5:4242") || pi.Addr.IsValid() || pi.Region != 0 || pi.WhyNotDirect == "" {
+				t.Fatalf("path %+v", pi)
+			}
+			if pi.RTT < 19*time.Millisecond || pi.RTT > 25*time.Millisecond {
+				t.Errorf("round trip %v", pi.RTT)
+			}
+			if d := n.directAt.Sub(pi.Since); d != 0 || n.maxGap > 100*time.Millisecond {
+				t.Errorf("%v, stalled for %v", d, n.maxGap)
+			}
+			if got := RelayText(pi.Relay, pi.VNI); got[:18] != "5.5.5.5:4242:vni:"+got[17:18] {
+				t.Error(got)
+			}
+		}
+		// It carries all the data now.
+		relayed := a.byRelay + b.byRelay
+		w.talk(time.Minute, 20*time.Millisecond, a, b)
+		if n := a.byRelay + b.byRelay - relayed; n > 5 || !a.byPeerRelay() || !b.byPeerRelay() {
+			t.Errorf("%d packets by the relay of a region; %+v", n, a.m.Path(b.key))
+		}
+		if n := r.srv.Stats(); n.Endpoints != 1 || n.ForwardedBytes < 2*2500*100 {
+			t.Errorf("%+v", n)
+		}
+		// A user's ping goes by it too.
+		res, err := a.m.Ping(t.Context(), b.key, 0)
+		if err != nil || res.VNI == 0 || res.Addr.Port() != 4242 {
+			t.Errorf("%+v, %v", res, err)
+		}
+	})
+}
+
+// TestPeerRelayDies: the pair falls back to the relay of a region, and comes back when the peer relay does.
+func TestPeerRelayDies(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		a, b, na, _ := hard(w)
+		r := w.prelay("5.5.5.5")
+		w.mayUse(r, a, b)
+		w.talk(2*time.Second, 20*time.Millisecond, a, b)
+		for i, what := range []string{"stopped", "stopped again", "NAT forgets", "network changed"} {
+			if !a.byPeerRelay() || !b.byPeerRelay() {
+				t.Fatalf("before %s: %+v, %+v", what, a.m.Path(b.key), b.m.Path(a.key))
+			}
+			a.resetGap()
+			b.resetGap()
+			switch i {
+			case 0, 1:
+				r.srv.Close()
+				w.talk(5*time.Second, 20*time.Millisecond, a, b)
+				if a.byPeerRelay() || b.byPeerRelay() {
+					t.Errorf("%s: %+v", what, a.m.Path(b.key))
+				}
+				r.start()
+				w.talk(40*time.Second, 20*time.Millisecond, a, b)
+			case 2:
+				w.net.SetRouter(nil)
+				na.Rebind()
+				w.net.SetRouter(w.lab)
+				w.talk(10*time.Second, 20*time.Millisecond, a, b)
+			case 3:
+				a.m.NetworkChanged()
+				w.talk(5*time.Second, 20*time.Millisecond, a, b)
+			}
+			if gap := max(a.maxGap, b.maxGap); gap > 1100*time.Millisecond {
+				t.Errorf("%s: stalled for %v", what, gap)
+			} else {
+				t.Logf("%s: stalled for %v", what, gap)
+			}
+		}
+		if !a.byPeerRelay() || !b.byPeerRelay() {
+			t.Errorf("at the end: %+v, %+v", a.m.Path(b.key), b.m.Path(a.key))
+		}
+	})
+}
+
+// TestPeerRelayGivesWay: a direct path is taken as soon as there is one, and the peer relay stands by for its loss.
+func TestPeerRelayGivesWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		a, b := w.node(nodeOpts{}, "1.1.1.1"), w.node(nodeOpts{}, "2.2.2.2")
+		w.pair(a, b)
+		r := w.prelay("5.5.5.5")
+		w.mayUse(r, a, b)
+		cut := true
+		w.net.SetLink(func(src, dst netip.AddrPort, _ bool) memnet.Link {
+			ends := []string{src.Addr().String(), dst.Addr().String()}
+			return memnet.Link{Latency: 5 * time.Millisecond, Down: cut && !slices.Contains(ends, "5.5.5.5")}
+		})
+		for range 3 {
+			w.talk(10*time.Second, 20*time.Millisecond, a, b)
+			if !a.byPeerRelay() || !b.byPeerRelay() {
+				t.Fatalf("not by the peer relay: %+v, %+v", a.m.Path(b.key), b.m.Path(a.key))
+			}
+			cut = false
+			w.talk(8*time.Second, 20*time.Millisecond, a, b)
+			if !a.direct() || !b.direct() {
+				t.Fatalf("not direct: %+v, %+v", a.m.Path(b.key), b.m.Path(a.key))
+			}
+			cut = true
+			a.resetGap()
+			b.resetGap()
+			w.talk(2*time.Second, 20*time.Millisecond, a, b)
+			if !a.byPeerRelay() || !b.byPeerRelay() || max(a.maxGap, b.maxGap) > 700*time.Millisecond {
+				t.Fatalf("after the cut: %+v, %+v, stalled for %v", a.m.Path(b.key), b.m.Path(a.key), max(a.maxGap, b.maxGap))
+			}
+		}
+	})
+}
+
+// TestPeerRelaySilence: idle nodes and their relay send nothing, and keep nothing for long.
+func TestPeerRelaySilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		a, b, _, _ := hard(w)
+		r := w.prelay("5.5.5.5")
+		w.mayUse(r, a, b)
+		w.talk(10*time.Second, 50*time.Millisecond, a, b)
+		if !a.byPeerRelay() || !b.byPeerRelay() {
+			t.Fatal("not by the peer relay")
+		}
+		time.Sleep(sessionFor + refreshMin + refreshSpread)
+		w.mu.Lock()
+		before := w.datagram
+		w.mu.Unlock()
+		time.Sleep(24 * time.Hour)
+		w.mu.Lock()
+		if n := w.datagram - before; n > 0 {
+			t.Errorf("%d datagrams in a day without traffic", n)
+		}
+		w.mu.Unlock()
+		if n := r.srv.Stats().Endpoints; n != 0 || len(a.m.shakes)+len(b.m.shakes) != 0 {
+			t.Errorf("%d endpoints, %d and %d at the nodes", n, len(a.m.shakes), len(b.m.shakes))
+		}
+		w.talk(2*time.Second, 50*time.Millisecond, a, b)
+		if !a.byPeerRelay() || !b.byPeerRelay() {
+			t.Error("not by the peer relay again")
+		}
+	})
+}
+
+// TestPeerRelayPermission: who may not, does not; one of the two who may is enough.
+func TestPeerRelayPermission(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		a, b, _, _ := hard(w)
+		r := w.prelay("5.5.5.5")
+		w.mayUse(r, a, b)
+		r.deny.Store(true)
+		before := w.datagram
+		w.talk(2*time.Minute, 100*time.Millisecond, a, b)
+		if a.byPeerRelay() || b.byPeerRelay() || r.asked.Load() != 0 {
+			t.Errorf("%+v, asked %d times", a.m.Path(b.key), r.asked.Load())
+		}
+		t.Logf("%d datagrams in two minutes, 2400 of them data", w.datagram-before)
+		r.deny.Store(false)
+		b.m.UpsertPeer(func() PeerInfo { i := r.info(); i.Cap = relayCap; return i }()) // not for b
+		b.m.SetPeerRelays(true, true)
+		w.talk(40*time.Second, 100*time.Millisecond, a, b)
+		if !a.byPeerRelay() || !b.byPeerRelay() {
+			t.Errorf("%+v, %+v", a.m.Path(b.key), b.m.Path(a.key))
+		}
+		// Control takes it back: nothing new is asked for.
+		a.m.SetPeerRelays(false, false)
+		b.m.SetPeerRelays(false, false)
+		r.srv.Close()
+		r.start()
+		asked := r.asked.Load()
+		w.talk(2*time.Minute, 100*time.Millisecond, a, b)
+		if a.byPeerRelay() || r.asked.Load() != asked {
+			t.Errorf("%+v, asked %d times", a.m.Path(b.key), r.asked.Load()-asked)
+		}
+	})
+}
+
+// TestPeerRelayIsItself: one of the two nodes is the relay.
+func TestPeerRelayIsItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newInternet(t)
+		r := w.prelay("5.5.5.5")
+		const apd = natlab.AddressAndPortDependent
+		w.nat("10.0.0.0/24", "1.1.1.1", apd, apd)
+		a := w.node(nodeOpts{}, "10.0.0.2")
+		w.pair(a, r.inode)
+		// What goes straight to the node does not arrive; the relay's port is open.
+		w.net.SetLink(func(src, dst netip.AddrPort, _ bool) memnet.Link {
+			inner := src.Addr() == dst.Addr() || src.Port() == 4242 || dst.Port() == 4242 || dst.Port() == 3478 || src.Port() == 3478
+			return memnet.Link{Latency: 5 * time.Millisecond, Down: !inner}
+		})
+		w.mayUse(r, a)
+		info := a.info()
+		info.Cap = relayCap
+		r.m.UpsertPeer(info)
+		info = r.info()
+		info.Cap = relayCap // and not Relay: it is the relay that asks
+		a.m.UpsertPeer(info)
+		a.m.SetPeerRelays(true, false)
+		r.m.SetPeerRelays(true, true)
+		w.talk(5*time.Second, 20*time.Millisecond, a, r.inode)
+		if !a.byPeerRelay() || !r.byPeerRelay() {
+			t.Errorf("%+v, %+v", a.m.Path(r.key), r.m.Path(a.key))
+		}
+	})
+}
+
+// wire notes what is sent.
+type wire struct{ got [][]byte }
+
+func (w *wire) Send(_ netip.AddrPort, b []byte, seg int) error {
+	for len(b) > 0 {
+		n := min(seg, len(b))
+		w.got = append(w.got, bytes.Clone(b[:n]))
+		b = b[n:]
+	}
+	return nil
+}
+func (w *wire) Ports() (v4, v6 uint16) { return 1, 1 }
+
+func TestTransmitWraps(t *testing.T) {
+	w := &wire{}
+	m := &Manager{cfg: Config{UDP: w}}
+	to := hop{netip.MustParseAddrPort("5.5.5.5:5"), 0xabcdef}
+	for _, tt := range []struct{ total, seg int }{{1, 1}, {32, 32}, {1312 * 48, 1312}, {1312*3 + 5, 1312}, {65000, 100}, {65500, 65499}} {
+		w.got = nil
+		b := make([]byte, tt.total)
+		for i := range b {
+			b[i] = byte(i * 7 / 5)
+		}
+		if err := m.transmit(to, b, tt.seg); err != nil {
+			t.Fatal(err)
+		}
+		var all []byte
+		for i, x := range w.got {
+			g, ok := disco.ParseGeneve(x)
+			if !ok || g.VNI != 0xabcdef || g.Control || g.Protocol != disco.GeneveWireGuard {
+				t.Fatalf("%+v: header %x", tt, x[:8])
+			}
+			if len(x)-8 != tt.seg && i < len(w.got)-1 {
+				t.Fatalf("%+v: datagram of %d bytes", tt, len(x))
+			}
+			all = append(all, x[8:]...)
+		}
+		if !bytes.Equal(all, b) {
+			t.Errorf("%+v: other bytes", tt)
+		}
+	}
+	if err := m.transmit(to, make([]byte, 65501), 65501); err == nil {
+		t.Error("too long")
+	}
+	count := &countUDP{}
+	m.cfg.UDP = count
+	b := make([]byte, 1312*48)
+	if n := testing.AllocsPerRun(100, func() { m.transmit(to, b, 1312) }); n > 0 {
+		t.Errorf("%v allocations for a batch", n)
+	}
+}
+
+type countUDP struct{ n int }
+
+func (c *countUDP) Send(netip.AddrPort, []byte, int) error { c.n++; return nil }
+func (c *countUDP) Ports() (v4, v6 uint16)                 { return 1, 1 }
