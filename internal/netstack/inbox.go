@@ -152,6 +152,9 @@ func (in *Inbox) Commit(pkt []byte) {
 
 	default:
 		// Not to be collected: passed on now, in views of its own, after what its flow has waiting.
+		if s.tcp && s.hdr[s.ipLen+13]&tcpSYN != 0 {
+			markSYN(s.hdr[s.ipLen:], int(in.s.link.mtu), s.ipLen)
+		}
 		head := buffer.NewViewWithData(pkt[:s.hlen])
 		var body *buffer.View
 		if s.hlen < len(pkt) {
@@ -161,7 +164,17 @@ func (in *Inbox) Commit(pkt []byte) {
 		if same || kind == opaque {
 			in.deliver()
 		}
+		var again *buffer.View
+		if s.tcp && body == nil {
+			if seq, yes := in.s.link.windows.refused(head.AsSlice()); yes {
+				again = buffer.NewViewWithData(head.AsSlice())
+				binary.BigEndian.PutUint32(again.AsSlice()[s.ipLen+4:], seq)
+			}
+		}
 		in.inject(s.proto, head, body)
+		if again != nil {
+			in.inject(s.proto, again, nil)
+		}
 	}
 }
 
