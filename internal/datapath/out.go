@@ -33,12 +33,19 @@ func (o *output) WritePacket(p *netstack.Packet) {
 	if f == nil || !f.Out(&h, e.flows, at).Accepted() {
 		return
 	}
+	if h.TCPFlags&packet.TCPSyn != 0 && h.Proto == packet.TCP && ownAddr(n, h.Dst.Addr()) {
+		p.OfferAnyMSS()
+	}
+	mtu := 0
+	if p.AnySize() {
+		mtu = pr.path.MTU(p.Len())
+	}
 	// An error is a lost packet, and the layers above expect those.
 	if as, ok := masqFor(m, n, h.Src.Addr()); ok {
-		pr.wg.Send(&masqSource{Source: p, own: h.Src.Addr(), as: as})
+		pr.wg.SendSized(&masqSource{Source: p, own: h.Src.Addr(), as: as}, mtu)
 		return
 	}
-	pr.wg.Send(p)
+	pr.wg.SendSized(p, mtu)
 }
 
 // route returns the peer that packets to dst go to, or nil: there is none, or its key has expired.
@@ -48,6 +55,17 @@ func (e *Engine) route(m *netmap.Map, dst netip.Addr, at time.Time) (*netmap.Nod
 		return nil, nil
 	}
 	return n, e.trans.Load().peer(n.Key)
+}
+
+// ownAddr reports whether a is an address of n itself, and not one of a network behind it: there, segments of any size
+// would depend on messages of its routers about their size getting back to whoever sends them.
+func ownAddr(n *netmap.Node, a netip.Addr) bool {
+	for _, p := range n.Addresses {
+		if p.IsSingleIP() && p.Addr() == a {
+			return true
+		}
+	}
+	return false
 }
 
 // one is a wg.Source of a single packet.

@@ -13,6 +13,7 @@ import (
 const (
 	tcpFIN = 0x01
 	tcpSYN = 0x02
+	tcpRST = 0x04
 	tcpPSH = 0x08
 	tcpACK = 0x10
 	tcpCWR = 0x80
@@ -35,7 +36,9 @@ type Packet struct {
 
 	split  bool // a TCP segment whose checksum is ours to compute
 	done   bool
-	mss    int // payload bytes per packet
+	offer  bool // a SYN whose MSS is to be AnyMSS
+	any    bool // split, for a receiver that takes packets of any size
+	mss    int  // payload bytes per packet, unless any
 	ipLen  int
 	seq    uint32
 	id     uint16
@@ -54,7 +57,7 @@ func newPacket() *Packet { return packets.Get().(*Packet) }
 func (p *Packet) free() {
 	p.raw, p.hdr, p.view = nil, nil, nil
 	p.size, p.off, p.left = 0, 0, 0
-	p.split, p.done = false, false
+	p.split, p.done, p.offer, p.any = false, false, false, false
 	packets.Put(p)
 }
 
@@ -119,7 +122,10 @@ func (p *Packet) prepare(mss, mtu int) {
 	p.flags = t[13]
 	p.pseudo = checksum.Checksum(addrs, protoTCP)
 	p.mss = mtu - hlen
-	if mss > 0 && mss < p.mss {
+	switch mark := markOf(mss, mssLimit(mtu, p.ipLen)); {
+	case mark == markAny:
+		p.any = true
+	case mss > 0 && mss < p.mss && mark != markWhole:
 		p.mss = mss
 	}
 	p.split, p.first = true, true
@@ -158,9 +164,26 @@ func (p *Packet) Len() int {
 	return p.size
 }
 
-// Next writes the next IP packet, at most MTU bytes with correct checksums, to dst and returns its length; 0 means
-// that there is no more. dst must have room for the MTU: a packet that does not fit is dropped. Next implements the
-// tunnel's packet source.
+// AnySize reports whether p is a TCP segment for a receiver that takes packets of any size ([AnyMSS]): Next then fills dst, however long.
+func (p *Packet) AnySize() bool { return p.any }
+
+// OfferAnyMSS says, if p is a SYN, that this node takes packets of any size by that connection, for which the inbox has room.
+// It does not call for any: the peer cuts by what it finds the path to carry.
+func (p *Packet) OfferAnyMSS() {
+	h := p.hdr
+	if len(h) < header.IPv4MinimumSize+header.TCPMinimumSize || p.split || p.raw != nil {
+		return
+	}
+	at, proto := header.IPv6MinimumSize, h[6]
+	if h[0]>>4 == 4 {
+		at, proto = int(h[0]&15)*4, h[9]
+	}
+	p.offer = proto == protoTCP && len(h) > at+13 && h[at+13]&tcpSYN != 0
+}
+
+// Next writes the next IP packet, with correct checksums, to dst and returns its length; 0 means that there is no more. It is
+// at most MTU bytes long, or as long as dst if [Packet.AnySize]. dst must have room for the MTU: a packet that does not
+// fit is dropped. Next implements the tunnel's packet source.
 func (p *Packet) Next(dst []byte) int {
 	switch {
 	case p.done:
@@ -178,11 +201,18 @@ func (p *Packet) Next(dst []byte) int {
 		}
 		n := p.left
 		p.copyPlain(dst[:n])
+		if p.offer {
+			offerAnyMSS(dst[:n])
+		}
 		return n
 	}
 
 	hlen := len(p.hdr)
-	n := min(p.left, p.mss)
+	most := p.mss
+	if p.any {
+		most = max(1, min(len(dst), 65535)-hlen)
+	}
+	n := min(p.left, most)
 	if len(dst) < hlen+n {
 		p.done = true
 		return 0

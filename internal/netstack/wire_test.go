@@ -27,7 +27,8 @@ type wire struct {
 	closed  bool
 	stopped chan struct{}
 
-	mtu   int
+	mtu   int                   // what Next is given room for; may change under mu
+	any   bool                  // offer packets of any size
 	limit int                   // packets queued before the wire drops
 	drop  func(pkt []byte) bool // called under mu
 	swap  func() bool           // whether to exchange a packet with the one before
@@ -46,14 +47,24 @@ func (w *wire) WritePacket(p *Packet) {
 	if w.taps != nil {
 		w.taps(p)
 	}
+	room := w.mtu
+	if w.any {
+		p.OfferAnyMSS()
+		if !p.AnySize() {
+			room = DefaultMTU
+		}
+	}
 	for {
 		var b []byte
 		if n := len(w.spare); n > 0 {
 			b, w.spare = w.spare[n-1], w.spare[:n-1]
 		} else {
-			b = make([]byte, w.mtu)
+			b = make([]byte, room)
 		}
-		n := p.Next(b[:cap(b)])
+		if cap(b) < room {
+			b = make([]byte, room)
+		}
+		n := p.Next(b[:room])
 		if n == 0 {
 			w.spare = append(w.spare, b)
 			break

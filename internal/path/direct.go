@@ -271,6 +271,7 @@ func (mc *machine) suspect(now time.Time) {
 	}
 	c := d.find(d.best)
 	mc.pingTo(now, c, nil)
+	mc.checkSize(now) // it may be only what is long that does not pass any more
 	d.suspectAt, d.quietAt, d.suspectUntil = time.Time{}, time.Time{}, now.Add(max(suspectWait, 4*c.rtt))
 	mc.acts = append(mc.acts, action{kind: doubt, until: d.suspectUntil})
 }
@@ -313,6 +314,7 @@ func (mc *machine) distrust(now time.Time) {
 	if d.best.IsValid() {
 		mc.acts = append(mc.acts, action{kind: setRoute})
 	}
+	mc.size = pathSize{}
 	if s := mc.shakeOf(d.best); s != nil && d.inSession(now) {
 		mc.lostShake(s)
 	}
@@ -410,7 +412,7 @@ func (mc *machine) directPong(now time.Time, h hop, rtt time.Duration) {
 	if h.vni == 0 {
 		d.roundAt = time.Time{}
 	}
-	mc.acts = append(mc.acts, action{kind: setRoute, to: via{addr: h.addr, vni: h.vni}, until: d.trustUntil})
+	mc.route()
 }
 
 // cost is a round trip, shortened for what counts in an address's favour besides: a private network is spared

@@ -197,6 +197,9 @@ func (o *owner) look(now time.Time) {
 			a.mc.sending(now, o.m.heard(p))
 			o.keepFresh(now)
 		}
+		if flags&flagBulk != 0 {
+			o.bulk(now, a)
+		}
 		if flags&flagFailed != 0 {
 			a.mc.suspect(now)
 		}
@@ -454,7 +457,7 @@ func (o *owner) setRoute(now time.Time, a *active, act *action) {
 		}
 		return
 	}
-	rt := &route{hop: act.to.hop(), until: int64(act.until.Sub(o.m.start)), since: now}
+	rt := &route{hop: act.to.hop(), until: int64(act.until.Sub(o.m.start)), since: now, size: act.size}
 	same := old != nil && old.hop == rt.hop && now.Before(o.m.start.Add(time.Duration(old.until)))
 	if same {
 		rt.since = old.since

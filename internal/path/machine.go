@@ -60,6 +60,7 @@ type action struct {
 	req    *pingRequest
 	result PingResult
 	until  time.Time
+	size   int // of setRoute: the longest message that the path carries, 0: not known
 	shake  *shake
 }
 
@@ -75,6 +76,8 @@ type sentPing struct {
 	to  via
 	at  time.Time
 	req *pingRequest // who waits for it, if anybody
+
+	size int // of the message, if that is what it is about
 }
 
 // machine is the path discovery of one peer: events and the time in, actions out, appended to
@@ -87,6 +90,7 @@ type machine struct {
 	sent []sentPing // oldest first
 	reqs []*pingRequest
 	d    direct
+	size pathSize
 	r    relaying
 
 	tokens   float64 // answers that the peer may still have
@@ -186,6 +190,9 @@ func (mc *machine) gotPong(now time.Time, from via, m *disco.Pong) time.Duration
 				mc.shakePong(now, from.hop())
 			}
 			mc.directPong(now, from.hop(), rtt)
+			if s.size > 0 {
+				mc.sizePong(from.hop(), s.size)
+			}
 		}
 		if s.req != nil {
 			mc.acts = append(mc.acts, action{kind: pingAnswer, req: s.req,
@@ -206,6 +213,7 @@ func (mc *machine) tick(now time.Time) {
 		}
 	}
 	mc.directTick(now)
+	mc.sizeTick(now)
 	mc.shakeTick(now)
 }
 
@@ -232,6 +240,9 @@ func (mc *machine) working() time.Time {
 	t, r := mc.d.directNext(), mc.r.next()
 	if t.IsZero() || !r.IsZero() && r.Before(t) {
 		t = r
+	}
+	if at := mc.size.due; !at.IsZero() && (t.IsZero() || at.Before(t)) {
+		t = at
 	}
 	return t
 }

@@ -14,6 +14,7 @@ func FuzzMachine(f *testing.F) {
 	f.Add([]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9})
 	f.Add([]byte{3, 200, 0, 9, 1, 5, 9, 9, 9, 2, 6, 7, 9, 4, 9, 9, 8})
 	f.Add([]byte{4, 40, 1, 0, 2, 0, 2, 1, 9, 1, 9, 255, 1, 1, 9, 99, 5, 0})
+	f.Add([]byte{3, 2, 1, 0, 2, 0, 10, 40, 2, 0, 2, 0, 10, 40, 9, 4, 10, 30, 9, 1, 2, 0})
 	f.Fuzz(func(t *testing.T, script []byte) {
 		script = script[:min(len(script), 400)]
 		now := time.Unix(1e9, 0)
@@ -30,7 +31,7 @@ func FuzzMachine(f *testing.F) {
 		for len(script) >= 2 {
 			op, x := script[0], script[1]
 			script = script[2:]
-			switch op % 10 {
+			switch op % 11 {
 			case 0:
 				req := &pingRequest{pad: int(x), done: make(chan PingResult, 1)}
 				reqs = append(reqs, req)
@@ -69,6 +70,8 @@ func FuzzMachine(f *testing.F) {
 				}
 			case 8:
 				mc.changed(now)
+			case 10:
+				mc.bulk(now, int(x)*40)
 			case 9:
 				now = now.Add(time.Duration(x) * 50 * time.Millisecond)
 				for range 3 {

@@ -183,6 +183,7 @@ type Peer struct {
 	pinged    atomic.Pointer[route] // where it last pinged from, for a while
 	told      atomic.Int64          // when the owner was last told of traffic, since Manager.start
 	heardAt   atomic.Int64          // when the path in use last showed life, since Manager.start
+	bulkAt    atomic.Int64          // when the owner was last told of bulk traffic, since Manager.start
 	doubt     atomic.Int64          // until when data goes by the relay as well, since Manager.start
 	flags     atomic.Uint32         // what the owner has not yet looked at
 	active    atomic.Bool           // it has a machine

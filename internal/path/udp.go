@@ -32,6 +32,7 @@ type route struct {
 	hop
 	until int64 // since Manager.start
 	since time.Time
+	size  int // of the longest message that it is known to carry, 0: baseMessage
 }
 
 // tellEvery is how often the owner is told of traffic that goes on.
@@ -43,6 +44,7 @@ const (
 	flagInfo           // control said something new of it, or it was removed
 	flagFailed         // a socket refused to send to it
 	flagRelayed        // its data comes by a relay although there is a direct path
+	flagBulk           // much is being sent to it
 )
 
 // todo is what the owner is to look at; the rest of the Manager puts it there without waiting.
@@ -93,8 +95,8 @@ func (p *Peer) sendDirect(b []byte, seg int) (sent, sure bool) {
 		p.tell(flagTraffic)
 	}
 	rt := p.route.Load()
-	if rt == nil || now >= rt.until {
-		return false, false
+	if rt == nil || now >= rt.until || !rt.carries(seg) {
+		return false, false // too long: cut for the path before
 	}
 	if p.m.transmit(rt.hop, b, seg) != nil {
 		p.tell(flagFailed)

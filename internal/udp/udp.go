@@ -6,8 +6,10 @@
 // each datagram is sent and received by itself. Nothing is allocated per packet, and the large buffer that a
 // coalesced batch needs is held only while there is something to receive.
 //
-// Datagrams carry no instruction about fragments: systems differ in their default, and an inner MTU of 1280 makes
-// datagrams of at most 1360 bytes with all headers, which any link that carries IPv6 tunnels is expected to pass.
+// Datagrams carry no instruction about fragments. Linux then forbids routers to make any of what fits the path as it knows it
+// from ICMP, which [Sockets.MaxPayload] tells, and makes them itself of what does not: so datagrams that fit are whole
+// when they arrive, and on a link for which even the base size is too long (1360 bytes with all headers) nothing is lost. Elsewhere
+// IPv4's routers may make fragments.
 package udp
 
 import (
@@ -312,6 +314,22 @@ func (c *conn) send(dst netip.AddrPort, b []byte, seg int) error {
 		b = b[n:]
 	}
 	return nil
+}
+
+// MaxPayload returns how long a datagram to dst may be, in bytes, to leave this host in one piece: what the link on the way carries, or
+// less where the system has learned that a link further on carries less. 0 means that it is not known. It sends nothing.
+func (s *Sockets) MaxPayload(dst netip.AddrPort) int {
+	a := dst.Addr().Unmap()
+	i, headers := 0, 20+8
+	if !a.Is4() {
+		i, headers = 1, 40+8
+	}
+	c := s.socks[i].conn.Load()
+	if c == nil || c.udp == nil {
+		return 0
+	}
+	mtu := linkMTU(netip.AddrPortFrom(a, dst.Port()))
+	return min(max(mtu-headers, 0), maxPayload)
 }
 
 // receive serves one socket until it is closed.

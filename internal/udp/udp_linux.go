@@ -32,6 +32,33 @@ func (c *conn) setup(plain bool) {
 	})
 }
 
+// linkMTU returns the MTU of the path to dst as the kernel knows it, 0 if it does not: it is asked through a socket of the
+// moment, for only one that is connected has a path.
+func linkMTU(dst netip.AddrPort) int {
+	family, level, opt := unix.AF_INET, unix.IPPROTO_IP, unix.IP_MTU
+	var to unix.Sockaddr
+	if a := dst.Addr(); a.Is4() {
+		to = &unix.SockaddrInet4{Port: int(dst.Port()), Addr: a.As4()}
+	} else {
+		family, level, opt = unix.AF_INET6, unix.IPPROTO_IPV6, unix.IPV6_MTU
+		zone, _ := strconv.Atoi(a.Zone())
+		to = &unix.SockaddrInet6{Port: int(dst.Port()), Addr: a.As16(), ZoneId: uint32(zone)}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	if unix.Connect(fd, to) != nil {
+		return 0
+	}
+	n, err := unix.GetsockoptInt(fd, level, opt)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
 // gsoFailed reports whether err may be the fault of UDP_SEGMENT. EIO is what a device without checksum
 // offload gives, always; the others depend on the path's MTU.
 func (c *conn) gsoFailed(err error) bool {

@@ -19,7 +19,11 @@ const (
 // It runs on the caller's goroutine and blocks no longer than Conduit.Send and other Sends to
 // the same peer do. When it returns nil src is used up. The error is the Conduit's first one
 // (later packets were tried nevertheless), or ErrClosed, or ErrKey.
-func (p *Peer) Send(src Source) error {
+func (p *Peer) Send(src Source) error { return p.SendSized(src, 0) }
+
+// SendSized does what [Peer.Send] does, but offers src room for packets of up to mtu bytes instead of the device's MTU. Where they
+// have to wait for a session, or memory is short, it is less, but never less than the device's MTU.
+func (p *Peer) SendSized(src Source, mtu int) error {
 	d := p.dev
 	now := d.now()
 	p.sendMu.Lock()
@@ -36,9 +40,9 @@ func (p *Peer) Send(src Source) error {
 	}
 	var err error
 	if p.staged.Load() > 0 {
-		err = p.seal(s, d.stage.take(p), now)
+		err = p.seal(s, d.stage.take(p), d.mtu, now)
 	}
-	if e := p.seal(s, src, now); err == nil {
+	if e := p.seal(s, src, max(mtu, d.mtu), now); err == nil {
 		err = e
 	}
 	rekey := p.wantsRekey(s, now)
@@ -79,7 +83,7 @@ func (p *Peer) flush(now int64, probe bool) {
 		return
 	}
 	if p.staged.Load() > 0 {
-		p.seal(s, p.dev.stage.take(p), now)
+		p.seal(s, p.dev.stage.take(p), p.dev.mtu, now)
 	} else if probe {
 		var msg [sizeKeepalive]byte
 		sealAt(msg[:], s, 0)
@@ -114,14 +118,16 @@ func (p *Peer) sent(now int64, n int) {
 	}
 }
 
-// seal seals and transmits all of src on s, which is acquired. sendMu is held over counter,
+// seal seals and transmits all of src, in packets of up to mtu bytes, on s, which is acquired. sendMu is held over counter,
 // sealing and transmission, so that a message never comes after 8,192 younger ones because
 // its goroutine was preempted.
-func (p *Peer) seal(s *session, src Source, now int64) (err error) {
+func (p *Peer) seal(s *session, src Source, mtu int, now int64) (err error) {
 	d := p.dev
 	buf := d.pool.get()
 	defer d.pool.put(buf)
-	b, most := *buf, d.mtu+sizeHeader+sizeTag
+	b := *buf
+	mtu = min(mtu, len(b)-sizeHeader-sizeTag)
+	most := mtu + sizeHeader + sizeTag
 	off, seg, count := 0, 0, 0
 	total := 0
 	keep := p.kept.wants(now, p.lastRx.Load())
@@ -143,11 +149,11 @@ func (p *Peer) seal(s *session, src Source, now int64) (err error) {
 			d.stage.add(p, src, now)
 			break
 		}
-		n := src.Next(b[off+sizeHeader : off+sizeHeader+d.mtu])
+		n := src.Next(b[off+sizeHeader : off+sizeHeader+mtu])
 		if n <= 0 {
 			break
 		}
-		if n > d.mtu {
+		if n > mtu {
 			continue // a faulty Source
 		}
 		if pkt := b[off+sizeHeader : off+sizeHeader+n]; keep || n <= maxSYN && isSYN(pkt) {
@@ -157,7 +163,7 @@ func (p *Peer) seal(s *session, src Source, now int64) (err error) {
 			keep = keep && p.kept.room()
 		}
 		// Padding to 16 bytes hides the exact length; it never exceeds the MTU (paper §5.4.6).
-		padded := min((n+15)&^15, d.mtu)
+		padded := min((n+15)&^15, mtu)
 		if count > 0 && padded+sizeHeader+sizeTag > seg {
 			at := off + sizeHeader
 			transmit()
@@ -206,7 +212,7 @@ type pool struct {
 
 func (q *pool) init(mtu int) {
 	msg := mtu + sizeHeader + sizeTag
-	q.large = max(min(maxBatch/msg, maxSegments), 1) * msg
+	q.large = max(msg, maxBatch)
 	q.small = min(4*msg, q.large)
 	q.max = 2 * runtime.GOMAXPROCS(0)
 }
