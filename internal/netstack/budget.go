@@ -176,27 +176,6 @@ func (g *grower) limitLocked() int64 {
 	return max(min(n, g.b.max), initialBuffer)
 }
 
-// unstick doubles the receive buffer, once in a while, whatever the path's limit says, for data that is on the way
-// already. The pool bounds it as it does other growth.
-func (g *grower) unstick() {
-	b := g.b
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if g.gone {
-		return
-	}
-	g.active = time.Now()
-	b.grown[g] = struct{}{}
-	size := g.size()
-	got := min(size, b.left/2, 2*b.max-size)
-	if got <= 0 {
-		return
-	}
-	b.left -= got
-	g.extra += got
-	g.setSize(size + got)
-}
-
 // release gives back what g was granted.
 func (g *grower) release() {
 	b := g.b

@@ -164,7 +164,17 @@ func (in *Inbox) Commit(pkt []byte) {
 		if same || kind == opaque {
 			in.deliver()
 		}
+		var again *buffer.View
+		if s.tcp && body == nil {
+			if seq, yes := in.s.link.windows.refused(head.AsSlice()); yes {
+				again = buffer.NewViewWithData(head.AsSlice())
+				binary.BigEndian.PutUint32(again.AsSlice()[s.ipLen+4:], seq)
+			}
+		}
 		in.inject(s.proto, head, body)
+		if again != nil {
+			in.inject(s.proto, again, nil)
+		}
 	}
 }
 

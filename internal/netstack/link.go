@@ -23,10 +23,11 @@ type Output interface {
 // the stack must do it, or a UDP datagram that the stack fragments would leave without one, which IPv6 forbids
 // (RFC 8200 §8.1).
 type link struct {
-	mtu    uint32
-	out    Output
-	disp   atomic.Pointer[stack.NetworkDispatcher]
-	closed atomic.Bool
+	mtu     uint32
+	out     Output
+	windows smallWindows
+	disp    atomic.Pointer[stack.NetworkDispatcher]
+	closed  atomic.Bool
 }
 
 var (
@@ -96,6 +97,7 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for _, pk := range list {
 		p := newPacket()
 		p.set(pk, int(l.mtu))
+		l.windows.sent(p.hdr)
 		l.out.WritePacket(p)
 		p.free()
 	}

@@ -149,6 +149,7 @@ func New(cfg Config) (*Stack, error) {
 	s.budget.init(cfg.MaxBuffer, cfg.BufferBudget)
 	s.life, s.stop = context.WithCancel(context.Background())
 	s.link = &link{mtu: uint32(cfg.MTU), out: cfg.Output}
+	s.link.windows.init(cfg.MaxBuffer)
 	s.piece = int(s.link.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
 	s.gv = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},

@@ -223,32 +223,11 @@ func (c *conn) Write(b []byte) (int, error) {
 		switch err.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
-			c.awaitRoom()
+			<-c.wr.ready
 		default:
 			return done, c.fail("write", sysError(err, c.closed.Load()))
 		}
 	}
-}
-
-// stuckAfter is how long a Write waits before it looks whether the connection is stuck.
-const stuckAfter = 500 * time.Millisecond
-
-// awaitRoom waits until a Write may go on. With both directions full, two ends of gVisor can come to
-// wait for each other for good: one has closed its window with data of the peer still on the way, and from then
-// on takes the peer's acknowledgements, which bear a sequence number beyond that data, for unacceptable (RFC 9293
-// §3.10.7.4 would have it look at them all the same). More room for what is on the way ends that.
-func (c *conn) awaitRoom() {
-	t := time.NewTimer(stuckAfter)
-	defer t.Stop()
-	select {
-	case <-c.wr.ready:
-		return
-	case <-t.C:
-	}
-	if c.ep.Readiness(waiter.ReadableEvents) != 0 {
-		c.rgrow.unstick()
-	}
-	<-c.wr.ready
 }
 
 var copyBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
@@ -329,6 +308,7 @@ func (c *conn) finish() bool {
 		return false
 	}
 	c.s.remove(c)
+	c.s.link.windows.forget(flow{c.local, c.remote})
 	c.rgrow.release()
 	c.wgrow.release()
 	return true

@@ -40,8 +40,8 @@ const likelyMTU = 1400
 // pathSize is what is known of the longest message that the path in use carries.
 type pathSize struct {
 	to    hop // the path that the rest is about
-	size  int            // longest message that passes, 0: baseMessage
-	limit int            // longest that leaves this host whole
+	size  int // longest message that passes, 0: baseMessage
+	limit int // longest that leaves this host whole
 
 	out     []int     // sizes of pings that are not answered
 	stage   sizeStage // what out is for

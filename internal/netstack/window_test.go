@@ -1,0 +1,224 @@
+package netstack
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+)
+
+// TestSmallWindows tables what becomes of an inbound acknowledgement, with a window of scale 4.
+func TestSmallWindows(t *testing.T) {
+	next := uint32(0xfffffff0) // what lies beyond wraps around
+	for _, tt := range []struct {
+		name  string
+		units uint16
+		seq   uint32
+		flags byte
+		again bool
+	}{
+		{"at the start of a closed window", 0, next, tcpACK, false},
+		{"beyond a closed window", 0, next + 67, tcpACK, true},
+		{"before the window", 0, next - 1, tcpACK, false},
+		{"at the end of an open window", 3, next + 48, tcpACK, false},
+		{"beyond an open window", 3, next + 49, tcpACK, true},
+		{"beyond a large window", 2048, next + 32768 + 1, tcpACK, false},
+		{"a FIN", 0, next + 67, tcpACK | tcpFIN, false},
+		{"a reset", 0, next + 67, tcpACK | tcpRST, false},
+	} {
+		for _, v6 := range []bool{false, true} {
+			var s smallWindows
+			s.init(65535 << 4)
+			if s.scale != 4 {
+				t.Fatalf("scale %d", s.scale)
+			}
+			a, b := netip.AddrPortFrom(a4, 1000), netip.AddrPortFrom(b4, 7)
+			if v6 {
+				a, b = netip.AddrPortFrom(a6, 1000), netip.AddrPortFrom(b6, 7)
+			}
+			in := tcpPacket(b, a, tt.seq, 1, 0, tt.flags)
+			want := func(state string, again bool) {
+				t.Helper()
+				if seq, yes := s.refused(in); yes != again || yes && seq != next {
+					t.Errorf("%s, %s (IPv6 %v): refused %v, %d", tt.name, state, v6, yes, seq)
+				}
+			}
+			want("unknown", false)
+			s.sent(tcpPacket(b, a, 1, next, tt.units, tcpACK)) // another flow
+			s.sent(tcpPacket(a, b, 1, next, tt.units, tcpACK|tcpSYN))
+			want("another flow", false)
+			s.sent(tcpPacket(a, b, 1, next, tt.units, tcpACK))
+			want("small", tt.again)
+			for n := range in { // cut short
+				s.sent(in[:n])
+				s.refused(in[:n])
+			}
+			want("after garbage", tt.again)
+			s.sent(tcpPacket(a, b, 1, next, 4096, tcpACK))
+			want("open again", false)
+			s.sent(tcpPacket(a, b, 1, next, tt.units, tcpACK))
+			s.sent(tcpPacket(a, b, 1, next, tt.units, tcpACK|tcpRST))
+			want("reset", false)
+			s.sent(tcpPacket(a, b, 1, next, tt.units, tcpACK))
+			s.forget(flow{a, b})
+			want("closed", false)
+			s.forget(flow{b, a})
+			if s.n.Load() != 0 || len(s.flows) != 0 {
+				t.Errorf("%s: %d flows are still watched", tt.name, len(s.flows))
+			}
+		}
+	}
+}
+
+func TestSmallWindowsBound(t *testing.T) {
+	var s smallWindows
+	s.init(1 << 20)
+	for i := range 3 * maxWatched {
+		s.sent(tcpPacket(netip.AddrPortFrom(a4, uint16(i)), netip.AddrPortFrom(b4, 7), 1, 1, 0, tcpACK))
+	}
+	if len(s.flows) != maxWatched {
+		t.Errorf("%d connections watched, want %d", len(s.flows), maxWatched)
+	}
+	if _, yes := s.refused(tcpPacket(netip.AddrPortFrom(b4, 7), netip.AddrPortFrom(a4, 3*maxWatched-1), 9, 1, 0, tcpACK)); !yes {
+		t.Error("the latest is not among them")
+	}
+}
+
+// tcpPacket returns the headers of a TCP segment.
+func tcpPacket(src, dst netip.AddrPort, seq, ack uint32, window uint16, flags byte) []byte {
+	var b []byte
+	if src.Addr().Is4() {
+		b = make([]byte, 20, 40)
+		b[0], b[9] = 0x45, protoTCP
+		copy(b[12:], src.Addr().AsSlice())
+		copy(b[16:], dst.Addr().AsSlice())
+	} else {
+		b = make([]byte, 40, 60)
+		b[0], b[6] = 0x60, protoTCP
+		copy(b[8:], src.Addr().AsSlice())
+		copy(b[24:], dst.Addr().AsSlice())
+	}
+	be := binary.BigEndian
+	b = be.AppendUint16(b, src.Port())
+	b = be.AppendUint16(b, dst.Port())
+	b = be.AppendUint32(b, seq)
+	b = be.AppendUint32(b, ack)
+	b = append(b, 5<<4, flags)
+	b = be.AppendUint16(b, window)
+	return append(b, 0, 0, 0, 0)
+}
+
+// segments is an Output for a test that plays the TCP peer itself.
+type segments chan []byte
+
+func (s segments) WritePacket(p *Packet) {
+	for {
+		b := make([]byte, DefaultMTU)
+		n := p.Next(b)
+		if n == 0 {
+			return
+		}
+		s <- b[:n]
+	}
+}
+
+// TestSmallWindow drives a connection packet by packet into the state that smallWindows is for: the application only
+// writes, the peer has filled its window to the last byte, and the stack's latest window ends 67 bytes before that.
+func TestSmallWindow(t *testing.T) {
+	const (
+		total    = 1 << 20 // what the application writes: more than the send buffer holds
+		scale    = 8
+		leftover = 67
+		piece    = 1200
+	)
+	out := make(segments, 4096)
+	s, err := New(Config{Output: out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.SetAddresses([]netip.Addr{b4})
+	ln, err := s.ListenTCP(netip.AddrPortFrom(b4, 7))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+
+	be := binary.BigEndian
+	in := s.NewInbox()
+	peer, host := netip.AddrPortFrom(a4, 1000), netip.AddrPortFrom(b4, 7)
+	seq, expect := uint32(7000), uint32(0) // of the peer
+	send := func(flags byte, payload int, options ...byte) {
+		b := tcpPacket(peer, host, seq, expect, 0xffff, flags)
+		b[32] = byte(5+len(options)/4) << 4
+		b = append(append(b, options...), make([]byte, payload)...)
+		be.PutUint16(b[2:], uint16(len(b)))
+		b[8] = 64
+		be.PutUint16(b[10:], ^checksum.Checksum(b[:20], 0))
+		in.Commit(b)
+		in.Flush()
+	}
+	var acked, edge uint32 // the stack's latest acknowledgement, and where its window ends
+	hung := time.After(time.Minute)
+	// next waits for the stack's next segment.
+	next := func(unit uint) {
+		for {
+			select {
+			case b := <-out:
+				h := b[20:]
+				at := be.Uint32(h[4:])
+				acked = be.Uint32(h[8:])
+				edge = acked + uint32(be.Uint16(h[14:]))<<unit
+				n := len(b) - 20 - int(h[12]>>4)*4
+				if h[13]&tcpSYN != 0 {
+					expect = at + 1
+				} else if at == expect {
+					expect += uint32(n)
+				}
+				return
+			case <-hung:
+				t.Fatal("the stack refuses the peer's acknowledgements")
+			}
+		}
+	}
+	send(tcpSYN, 0, 2, 4, piece>>8, piece&255, 3, 3, scale, 1)
+	seq++
+	next(0)
+	send(tcpACK, 0)
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	wrote := make(chan error, 1)
+	go func() { wrote <- pour(c, total) }()
+
+	// Fill the window up to the leftover, and acknowledge nothing meanwhile, so that the application has to wait.
+	unit := uint(s.link.windows.scale)
+	first := expect
+	next(unit)
+	for closed := false; !closed; {
+		for edge-seq > leftover {
+			n := min(edge-seq-leftover, piece)
+			sent := expect
+			expect = first
+			send(tcpACK|tcpPSH, int(n))
+			expect = sent
+			seq += n
+		}
+		for closed = false; acked != seq; closed = edge == seq {
+			next(unit)
+		}
+	}
+	seq += leftover
+	// From here on the peer only acknowledges, as one that has no window does.
+	for expect != first+total {
+		send(tcpACK, 0)
+		next(unit)
+	}
+	if err := <-wrote; err != nil {
+		t.Fatal(err)
+	}
+}
