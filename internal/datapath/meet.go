@@ -48,15 +48,18 @@ func (t *transport) known(pub key.NodePublic) *peer {
 // restarted renews the session with a peer whose disco key is another than before. A process has one
 // disco key, so the peer's is a new one, which knows nothing of the session.
 func (t *transport) restarted(n *netmap.Node) {
-	if n.DiscoKey.IsZero() {
+	t.saidMu.Lock()
+	k := t.discoOf(n)
+	t.saidMu.Unlock()
+	if k.IsZero() {
 		return
 	}
 	t.mu.Lock()
 	p := t.peers[n.Key]
-	renew := p != nil && p.disco != n.DiscoKey
+	renew := p != nil && p.disco != k
 	if renew {
 		renew = !p.disco.IsZero()
-		p.disco = n.DiscoKey
+		p.disco = k
 	}
 	t.mu.Unlock()
 	if renew {

@@ -54,6 +54,8 @@ func (e *Engine) intercept(p *peer, h *packet.Parsed) bool {
 			}
 		} else if data, port, ok := h.TSMPPong(); ok {
 			e.waits.pong(pingID{h.Src.Addr(), packet.TSMP, data}, port)
+		} else if k, ok := h.TSMPDisco(); ok {
+			p.t.learn(p, k)
 		} else if r, ok := h.Reject(); ok && r.Proto == packet.TCP && !r.MaybeBroken {
 			e.waits.reject(r)
 		}
@@ -146,6 +148,9 @@ var ErrPingsFull = errors.New("too many pings are under way")
 func (e *Engine) PingTSMP(ctx context.Context, addr netip.Addr) (time.Duration, uint16, error) {
 	var data [8]byte
 	rand.Read(data[:])
+	if _, p := e.route(e.netmap.Load(), addr, now()); p != nil {
+		e.advertise(p, addr) // as upstream does: what the ping is for may be a peer that does not know this node's key
+	}
 	return e.ping(ctx, addr, pingID{addr, packet.TSMP, data}, func(self netip.Addr) ([]byte, error) {
 		return packet.AppendTSMPPing(nil, self, addr, data)
 	})

@@ -21,6 +21,8 @@ type transport struct {
 	mu    sync.RWMutex
 	peers map[key.NodePublic]*peer // those that have sent or been sent to
 
+	saidMu sync.Mutex // guards peer.said; taken before mu
+
 	knocks knocks
 }
 
@@ -31,6 +33,7 @@ type peer struct {
 	wg    *wg.Peer
 	path  *path.Peer
 	disco key.DiscoPublic // of the process that the session is with; guarded by t.mu
+	said  said
 }
 
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
@@ -62,6 +65,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 		STUN:      e.stun.deliver,
 		Endpoints: e.cfg.Endpoints,
 		Alive:     t.alive,
+		Called:    t.called,
 		Logger:    e.log,
 	}
 	if e.direct != nil {
@@ -123,7 +127,7 @@ func (t *transport) peer(pub key.NodePublic) *peer {
 func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 	if all {
 		for n := range m.All() {
-			t.paths.UpsertPeer(peerInfo(n))
+			t.upsert(n)
 			t.restarted(n)
 		}
 		t.answerKnocks()
@@ -134,7 +138,7 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 	}
 	for _, n := range ch.Changed {
 		was := t.paths.Path(n.Key)
-		t.paths.UpsertPeer(peerInfo(n))
+		t.upsert(n)
 		if now := t.paths.Path(n.Key); now.Region != was.Region || now.Addr != was.Addr {
 			if p := t.known(n.Key); p != nil {
 				p.wg.Alive(0) // there is a new way to it
@@ -143,7 +147,7 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 		t.restarted(n)
 	}
 	for _, n := range ch.Added {
-		t.paths.UpsertPeer(peerInfo(n))
+		t.upsert(n)
 	}
 	t.answerKnocks()
 }

@@ -98,6 +98,9 @@ type Config struct {
 	// was a ping or a call-me-maybe: the peer has something to send to this node, or looks after the path by which it
 	// has been sending. It runs on the Manager's goroutine, may send to the peer, and must not block.
 	Alive func(p *Peer, looks bool)
+	// Called, if not nil, is told after each call-me-maybe to a peer. It runs on the Manager's goroutine, may send to the
+	// peer, and must not block.
+	Called func(p *Peer)
 	// PeerRelay, if not nil, is the peer relay that this node is for others, and for itself.
 	PeerRelay PeerRelay
 	Logger    *slog.Logger // nil: silent

@@ -319,4 +319,7 @@ func (o *owner) sendCall(a *active) {
 	}
 	o.plain = m.Append(o.plain[:0])
 	o.send(a, via{})
+	if f := o.m.cfg.Called; f != nil {
+		f(a.p)
+	}
 }
