@@ -146,11 +146,34 @@ func (g *grower) settle(size int64) {
 	if size <= initialBuffer {
 		return
 	}
+	granted, changed := g.grant(size)
+	if !changed {
+		return
+	}
+	if !g.recv {
+		g.setSize(granted)
+		return
+	}
+	// The stack has to know of this one. It announces room when a Read, or a change of the size, takes the window from
+	// less than one segment to more; but it compares with what the buffer had just before, not with what it told the
+	// peer, so it would miss a window that was closed, opened a little by a Read of a part of a segment, and now grows. A
+	// growth from nothing it cannot miss. This happens a few times in a connection's life. (That it switches gVisor's own
+	// growth off, which nobody calls, would matter to the window's scale, and that is settled.) It is done without b.mu,
+	// for the stack waits for the endpoint's lock and may send; reclaim leaves alone who was active just now.
+	size, announce := g.ep.(interface {
+		OnSetReceiveBufferSize(size, before int64) (int64, func())
+	}).OnSetReceiveBufferSize(granted, 0)
+	g.setSize(size)
+	announce()
+}
+
+// grant takes from the pool what the buffer may grow by, or gives back, and returns the size that it is to have.
+func (g *grower) grant(size int64) (granted int64, changed bool) {
 	b := g.b
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if g.gone {
-		return
+		return 0, false
 	}
 	g.active = time.Now()
 	b.grown[g] = struct{}{}
@@ -164,9 +187,8 @@ func (g *grower) settle(size int64) {
 	got := min(want, b.left/2) // negative if the limit has fallen
 	b.left -= got
 	g.extra += got
-	if granted := initialBuffer + g.extra; granted != g.size() {
-		g.setSize(granted)
-	}
+	granted = initialBuffer + g.extra
+	return granted, granted != g.size()
 }
 
 // limitLocked is the size that suits the connection's path.

@@ -124,101 +124,133 @@ func (s segments) WritePacket(p *Packet) {
 	}
 }
 
-// TestSmallWindow drives a connection packet by packet into the state that smallWindows is for: the application only
-// writes, the peer has filled its window to the last byte, and the stack's latest window ends 67 bytes before that.
-func TestSmallWindow(t *testing.T) {
-	const (
-		total    = 1 << 20 // what the application writes: more than the send buffer holds
-		scale    = 8
-		leftover = 67
-		piece    = 1200
-	)
-	out := make(segments, 4096)
-	s, err := New(Config{Output: out})
-	if err != nil {
+// A handPeer is a TCP peer that a test plays itself, packet by packet.
+type handPeer struct {
+	t    *testing.T
+	s    *Stack
+	out  segments
+	in   *Inbox
+	hung <-chan time.Time
+
+	conn        *conn  // the stack's end
+	seq, expect uint32 // of the peer
+	acked, edge uint32 // the stack's latest acknowledgement, and where its window ends
+}
+
+const peerMSS = 1200
+
+func newHandPeer(t *testing.T) *handPeer {
+	p := &handPeer{t: t, out: make(segments, 4096), seq: 7000, hung: time.After(time.Minute)}
+	var err error
+	if p.s, err = New(Config{Output: p.out}); err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
-	s.SetAddresses([]netip.Addr{b4})
-	ln, err := s.ListenTCP(netip.AddrPortFrom(b4, 7))
+	t.Cleanup(p.s.Close)
+	p.s.SetAddresses([]netip.Addr{b4})
+	p.in = p.s.NewInbox()
+	ln, err := p.s.ListenTCP(netip.AddrPortFrom(b4, 7))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-
-	be := binary.BigEndian
-	in := s.NewInbox()
-	peer, host := netip.AddrPortFrom(a4, 1000), netip.AddrPortFrom(b4, 7)
-	seq, expect := uint32(7000), uint32(0) // of the peer
-	send := func(flags byte, payload int, options ...byte) {
-		b := tcpPacket(peer, host, seq, expect, 0xffff, flags)
-		b[32] = byte(5+len(options)/4) << 4
-		b = append(append(b, options...), make([]byte, payload)...)
-		be.PutUint16(b[2:], uint16(len(b)))
-		b[8] = 64
-		be.PutUint16(b[10:], ^checksum.Checksum(b[:20], 0))
-		in.Commit(b)
-		in.Flush()
-	}
-	var acked, edge uint32 // the stack's latest acknowledgement, and where its window ends
-	hung := time.After(time.Minute)
-	// next waits for the stack's next segment.
-	next := func(unit uint) {
-		for {
-			select {
-			case b := <-out:
-				h := b[20:]
-				at := be.Uint32(h[4:])
-				acked = be.Uint32(h[8:])
-				edge = acked + uint32(be.Uint16(h[14:]))<<unit
-				n := len(b) - 20 - int(h[12]>>4)*4
-				if h[13]&tcpSYN != 0 {
-					expect = at + 1
-				} else if at == expect {
-					expect += uint32(n)
-				}
-				return
-			case <-hung:
-				t.Fatal("the stack refuses the peer's acknowledgements")
-			}
-		}
-	}
-	send(tcpSYN, 0, 2, 4, piece>>8, piece&255, 3, 3, scale, 1)
-	seq++
-	next(0)
-	send(tcpACK, 0)
+	p.send(tcpSYN, 0, 2, 4, peerMSS>>8, peerMSS&255, 3, 3, 8, 1)
+	p.seq++
+	p.next()
+	p.send(tcpACK, 0)
 	c, err := ln.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
-	wrote := make(chan error, 1)
-	go func() { wrote <- pour(c, total) }()
+	p.conn = c.(*conn)
+	return p
+}
 
-	// Fill the window up to the leftover, and acknowledge nothing meanwhile, so that the application has to wait.
-	unit := uint(s.link.windows.scale)
-	first := expect
-	next(unit)
-	for closed := false; !closed; {
-		for edge-seq > leftover {
-			n := min(edge-seq-leftover, piece)
-			sent := expect
-			expect = first
-			send(tcpACK|tcpPSH, int(n))
-			expect = sent
-			seq += n
+func (p *handPeer) send(flags byte, payload int, options ...byte) {
+	b := tcpPacket(netip.AddrPortFrom(a4, 1000), netip.AddrPortFrom(b4, 7), p.seq, p.expect, 0xffff, flags)
+	b[32] = byte(5+len(options)/4) << 4
+	b = append(append(b, options...), make([]byte, payload)...)
+	b[8] = 64
+	binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
+	binary.BigEndian.PutUint16(b[10:], ^checksum.Checksum(b[:20], 0))
+	p.in.Commit(b)
+	p.in.Flush()
+}
+
+// next waits for the stack's next segment.
+func (p *handPeer) next() {
+	select {
+	case b := <-p.out:
+		h := b[20:]
+		at := binary.BigEndian.Uint32(h[4:])
+		p.acked = binary.BigEndian.Uint32(h[8:])
+		p.edge = p.acked + uint32(binary.BigEndian.Uint16(h[14:]))<<p.s.link.windows.scale
+		if h[13]&tcpSYN != 0 {
+			p.edge = p.acked + uint32(binary.BigEndian.Uint16(h[14:])) // RFC 7323 §2.2: not scaled
+			p.expect = at + 1
+		} else if at == p.expect {
+			p.expect += uint32(len(b) - 20 - int(h[12]>>4)*4)
 		}
-		for closed = false; acked != seq; closed = edge == seq {
-			next(unit)
+	case <-p.hung:
+		p.t.Helper()
+		p.t.Fatal("the stack does not say what it should")
+	}
+}
+
+// fill sends until the stack's window is closed. The stack may round its window down when leftover bytes are still
+// allowed; then those are not sent. What the stack sends meanwhile is not acknowledged.
+func (p *handPeer) fill(leftover uint32) {
+	first := p.expect
+	for closed := false; !closed; {
+		for p.edge-p.seq > leftover {
+			n := min(p.edge-p.seq-leftover, peerMSS)
+			expect := p.expect
+			p.expect = first
+			p.send(tcpACK|tcpPSH, int(n))
+			p.expect = expect
+			p.seq += n
+		}
+		for closed = false; p.acked != p.seq; closed = p.edge == p.seq {
+			p.next()
 		}
 	}
-	seq += leftover
+}
+
+// TestSmallWindow drives a connection into the state that smallWindows is for: the application only writes, the peer
+// has filled its window to the last byte, and the stack's latest window ends 67 bytes before that.
+func TestSmallWindow(t *testing.T) {
+	const total = 1 << 20 // what the application writes: more than the send buffer holds
+	p := newHandPeer(t)
+	defer p.conn.Close()
+	wrote := make(chan error, 1)
+	go func() { wrote <- pour(p.conn, total) }()
+	first := p.expect
+	p.next()
+	p.fill(67)
+	p.seq += 67
 	// From here on the peer only acknowledges, as one that has no window does.
-	for expect != first+total {
-		send(tcpACK, 0)
-		next(unit)
+	for p.expect != first+total {
+		p.send(tcpACK, 0)
+		p.next()
 	}
 	if err := <-wrote; err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestGrowthOpensWindow reads a part of what has closed the window, and lets the buffer grow. The stack announces the
+// room at once, and does not wait until the peer asks.
+func TestGrowthOpensWindow(t *testing.T) {
+	p := newHandPeer(t)
+	defer p.conn.Close()
+	p.send(tcpACK, 1) // for the stack to tell its window, scaled
+	p.seq++
+	p.next()
+	p.fill(0)
+	if n, err := p.conn.Read(make([]byte, peerMSS/2)); n != peerMSS/2 || err != nil {
+		t.Fatal(n, err)
+	}
+	p.conn.rgrow.settle(2 * initialBuffer)
+	for p.edge-p.acked < initialBuffer/2 {
+		p.next()
 	}
 }
