@@ -46,6 +46,7 @@ type pathSize struct {
 	out     []int     // sizes of pings that are not answered
 	stage   sizeStage // what out is for
 	due     time.Time // when it is given up; zero: nothing is out
+	all     bool      // other sizes than the likely ones are to be tried
 	againAt time.Time // when larger sizes are worth a try
 }
 
@@ -85,6 +86,8 @@ func (mc *machine) bulk(now time.Time, limit int) {
 	case !u.due.IsZero():
 	case !now.Before(u.againAt):
 		mc.guessSize(now)
+	case u.all:
+		mc.allSizes(now)
 	default:
 		mc.checkSize(now)
 	}
@@ -100,8 +103,19 @@ func (mc *machine) checkSize(now time.Time) {
 // guessSize tries the likely sizes, and the one in use with them.
 func (mc *machine) guessSize(now time.Time) {
 	u := &mc.size
-	u.againAt = now.Add(growAgain)
+	u.againAt, u.all = now.Add(growAgain), false
 	mc.trySizes(now, sizeGuess, u.size, u.limit, messageIn(likelyMTU, u.to))
+}
+
+// allSizes tries what is between the size in use and the host's limit, and that once more: a ping may just have been lost.
+func (mc *machine) allSizes(now time.Time) {
+	u := &mc.size
+	u.all = false
+	sizes := [len(linkMTUs) + 2]int{u.limit, messageIn(likelyMTU, u.to)}
+	for i, m := range linkMTUs {
+		sizes[i+2] = messageIn(m, u.to)
+	}
+	mc.trySizes(now, sizeAll, sizes[:]...)
 }
 
 // trySizes pings with those of sizes that say something new.
@@ -113,7 +127,7 @@ func (mc *machine) trySizes(now time.Time, stage sizeStage, sizes ...int) {
 	}
 	u.stage, u.out = stage, u.out[:0]
 	for _, n := range sizes {
-		if n <= baseMessage || n > u.limit || n < u.size || contains(u.out, n) {
+		if n <= baseMessage || n > u.limit || n < u.size || n == u.size && stage == sizeAll || contains(u.out, n) {
 			continue
 		}
 		u.out = append(u.out, n)
@@ -158,7 +172,7 @@ func (mc *machine) sizePong(h hop, n int) {
 	if len(u.out) == 0 {
 		u.due = time.Time{}
 	}
-	if n > u.size {
+	if n > u.size && n <= u.limit {
 		u.size = n
 		mc.route()
 	}
@@ -194,12 +208,7 @@ func (mc *machine) sizeTick(now time.Time) {
 	case u.stage == sizeCheck || u.size > 0 && contains(u.out, u.size):
 		mc.shrink(now)
 	case u.stage == sizeGuess:
-		sizes := u.out[:len(u.out):len(u.out)] // once more: a ping may just have been lost
-		for _, m := range linkMTUs {
-			sizes = append(sizes, messageIn(m, u.to))
-		}
-		u.out = nil
-		mc.trySizes(now, sizeAll, sizes...)
+		u.all = true // with the next news of traffic: the host may have learned of a smaller link meanwhile
 	}
 }
 

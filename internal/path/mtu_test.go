@@ -80,17 +80,17 @@ func TestPathSize(t *testing.T) {
 		want           int
 		pings          int // at most
 	}{
-		{"Ethernet", 1472, 1472, 1472, 2},
-		{"PPPoE behind Ethernet", 1472, 1464, 1464, 10},
-		{"a cloud of 1460", 1472, 1432, 1432, 10},
-		{"1400", 1472, 1372, 1372, 10},
-		{"1399", 1472, 1371, 1352, 10},
-		{"nothing beyond the base", 1472, 1312, 0, 10},
-		{"not even the base", 1472, 1000, 0, 10},
-		{"jumbo frames", 8972, 8972, 8972, 2},
-		{"jumbo frames on the first link alone", 8972, 1472, 1472, 10},
-		{"loopback", 65507, 65507, MaxPingSize, 2},
-		{"the host knows of 1400", 1372, 1372, 1372, 1},
+		{"Ethernet", 1472, 1472, 1472, 3},
+		{"PPPoE behind Ethernet", 1472, 1464, 1464, 11},
+		{"a cloud of 1460", 1472, 1432, 1432, 11},
+		{"1400", 1472, 1372, 1372, 11},
+		{"1399", 1472, 1371, 1352, 11},
+		{"nothing beyond the base", 1472, 1312, 0, 11},
+		{"not even the base", 1472, 1000, 0, 11},
+		{"jumbo frames", 8972, 8972, 8972, 3},
+		{"jumbo frames on the first link alone", 8972, 1472, 1472, 11},
+		{"loopback", 65507, 65507, MaxPingSize, 3},
+		{"the host knows of 1400", 1372, 1372, 1372, 2},
 		{"the host's link has 1300", 1272, 1272, 0, 0},
 		{"a host that knows nothing", 0, 1472, 0, 0},
 	} {
@@ -100,7 +100,7 @@ func TestPathSize(t *testing.T) {
 			if s.pings != 0 {
 				t.Fatalf("%d padded pings without bulk traffic", s.pings)
 			}
-			s.run(400*time.Millisecond, true)
+			s.run(bulkEvery+sizeWait, true)
 			if s.size != tc.want {
 				t.Errorf("size %d, want %d", s.size, tc.want)
 			}
@@ -186,7 +186,7 @@ func TestLostCheck(t *testing.T) {
 func TestLostGuess(t *testing.T) {
 	s := newSizedPath(t, 1472, 1472)
 	s.lose = 2
-	s.run(sizeWait+100*time.Millisecond, true)
+	s.run(bulkEvery+100*time.Millisecond, true)
 	if s.size != 1472 {
 		t.Errorf("size %d", s.size)
 	}
