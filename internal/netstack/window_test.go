@@ -157,6 +157,7 @@ func newHandPeer(t *testing.T) *handPeer {
 	p.seq++
 	p.next()
 	p.send(tcpACK, 0)
+	p.in.Flush()
 	c, err := ln.Accept()
 	if err != nil {
 		t.Fatal(err)
@@ -173,11 +174,11 @@ func (p *handPeer) send(flags byte, payload int, options ...byte) {
 	binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
 	binary.BigEndian.PutUint16(b[10:], ^checksum.Checksum(b[:20], 0))
 	p.in.Commit(b)
-	p.in.Flush()
 }
 
-// next waits for the stack's next segment.
+// next delivers what was sent and waits for the stack's next segment.
 func (p *handPeer) next() {
+	p.in.Flush()
 	select {
 	case b := <-p.out:
 		h := b[20:]
@@ -242,11 +243,12 @@ func TestSmallWindow(t *testing.T) {
 func TestGrowthOpensWindow(t *testing.T) {
 	p := newHandPeer(t)
 	defer p.conn.Close()
-	p.send(tcpACK, 1) // for the stack to tell its window, scaled
-	p.seq++
+	p.send(tcpACK, 20*peerMSS) // also for the stack to tell its window, scaled
+	p.seq += 20 * peerMSS
 	p.next()
 	p.fill(0)
-	if n, err := p.conn.Read(make([]byte, peerMSS/2)); n != peerMSS/2 || err != nil {
+	// More than a segment of the wire, less than one of those that the stack gets.
+	if n, err := p.conn.Read(make([]byte, 4*peerMSS)); n != 4*peerMSS || err != nil {
 		t.Fatal(n, err)
 	}
 	p.conn.rgrow.settle(2 * initialBuffer)
