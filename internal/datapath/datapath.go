@@ -56,6 +56,8 @@ type Config struct {
 	Port uint16
 	// RelayOnly does without UDP.
 	RelayOnly bool
+	// KeepMemory leaves it to the Go runtime when memory that a burst of traffic needed is given back, see reclaim.
+	KeepMemory bool
 	// Endpoints, if not nil, is told where this node may be reached directly, whenever that changes. It
 	// must not block or call the Engine.
 	Endpoints func(eps []path.Endpoint)
@@ -73,7 +75,9 @@ type Engine struct {
 	flows *filter.Flows
 	waits waits
 	dns   resolver
-	stun  stunTap
+
+	reclaim reclaim
+	stun    stunTap
 
 	netmap atomic.Pointer[netmap.Map]
 	filter atomic.Pointer[filter.Filter]
@@ -140,6 +144,7 @@ func (e *Engine) Close() {
 		e.direct.close()
 	}
 	e.trans.Load().close()
+	e.reclaim.close()
 }
 
 var errClosed = errors.New("datapath: closed")

@@ -39,7 +39,12 @@ type peer struct {
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	t := &transport{e: e, peers: map[key.NodePublic]*peer{}}
 	var err error
+	var traffic func(bool)
+	if !e.cfg.KeepMemory {
+		traffic = e.reclaim.traffic
+	}
 	t.dev, err = wg.NewDevice(wg.Config{
+		Traffic:    traffic,
 		PrivateKey: k,
 		MTU:        MTU,
 		Unknown:    func(pub key.NodePublic) bool { return t.peer(pub) != nil },

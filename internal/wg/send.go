@@ -194,7 +194,11 @@ func (p *Peer) seal(s *session, src Source, mtu int, now int64) (err error) {
 	return err
 }
 
-const trimInterval = int64(10 * time.Second)
+const (
+	trimInterval = int64(10 * time.Second)
+	// heavyUse is how many Sends within that are a lot: a stream has thousands, with its acknowledgements alone.
+	heavyUse = 500
+)
 
 // pool holds the batch buffers. There are no more of the large ones than goroutines that can
 // run at once, twice over; whoever finds none left gets a small one that is not kept. The timer
@@ -205,6 +209,7 @@ type pool struct {
 	out    int       // large ones in use
 	max    int
 	low    int // the fewest that lay free since the last trim
+	uses   int // since the last trim
 	large  int
 	small  int
 	closed bool
@@ -219,6 +224,7 @@ func (q *pool) init(mtu int) {
 
 func (q *pool) get() *[]byte {
 	q.mu.Lock()
+	q.uses++
 	if n := len(q.free); n > 0 {
 		b := q.free[n-1]
 		q.free[n-1] = nil
@@ -250,17 +256,19 @@ func (q *pool) put(b *[]byte) {
 	q.mu.Unlock()
 }
 
-// trim frees the buffers that nobody needed since the last call, and reports whether any is left.
-func (q *pool) trim() bool {
+// trim frees the buffers that nobody needed since the last call, and returns how often one was used since, and
+// whether any is left.
+func (q *pool) trim() (uses int, left bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	uses, q.uses = q.uses, 0
 	n := min(q.low, len(q.free))
 	for i := range n {
 		q.free[i] = nil
 	}
 	q.free = append(q.free[:0], q.free[n:]...)
 	q.low = len(q.free)
-	return len(q.free)+q.out > 0
+	return uses, len(q.free)+q.out > 0
 }
 
 func (q *pool) close() {

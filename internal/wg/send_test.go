@@ -207,10 +207,10 @@ func TestPool(t *testing.T) {
 	}
 	q.trim()
 	q.put(q.get()) // one is in use from time to time
-	if !q.trim() || len(q.free) != 1 {
+	if _, left := q.trim(); !left || len(q.free) != 1 {
 		t.Errorf("%d free, want the one that is needed", len(q.free))
 	}
-	if q.trim() || len(q.free) != 0 {
+	if uses, left := q.trim(); uses != 0 || left || len(q.free) != 0 {
 		t.Errorf("%d free after a quiet while", len(q.free))
 	}
 }

@@ -180,7 +180,12 @@ func jitter(most int64) int64 {
 func (p *Peer) tick(now int64) {
 	d := p.dev
 	if p == &d.janitor {
-		if d.pool.trim() {
+		uses, left := d.pool.trim()
+		heavy := uses >= heavyUse
+		if f := d.cfg.Traffic; f != nil && (heavy || d.heavy) {
+			f(heavy)
+		}
+		if d.heavy = heavy; left || heavy {
 			d.sched.wakeBy(p, now+trimInterval)
 		}
 		return

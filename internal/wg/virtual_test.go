@@ -531,3 +531,37 @@ func TestUnknown(t *testing.T) {
 		}
 	})
 }
+
+// TestTraffic has much sent, and then little: that is told once, and no timer runs on.
+func TestTraffic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var told []bool
+		l := newLossy(t, 1, func(i int, c *Config) {
+			if i == 0 {
+				c.Traffic = func(heavy bool) { told = append(told, heavy) }
+			}
+		})
+		defer l.close()
+		a := l.ends[0]
+		for range uint32(30) { // a little
+			a.send(1)
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Minute)
+		if len(told) != 0 {
+			t.Errorf("told of a little: %v", told)
+		}
+		for i := range uint32(25 * 100) { // 25 s
+			a.send(2 + i)
+			time.Sleep(10 * time.Millisecond)
+		}
+		for range uint32(120) { // a little goes on
+			a.send(3)
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Hour)
+		if n := len(told); n < 3 || n > 5 || told[n-1] || !told[n-2] || !told[0] {
+			t.Errorf("told %v", told)
+		}
+	})
+}

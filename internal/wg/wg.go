@@ -101,6 +101,10 @@ type Config struct {
 	// StageBytes bounds the plaintext kept, on all peers together, for handshakes to
 	// complete. 0 means 4 MiB.
 	StageBytes int
+	// Traffic, if not nil, is called every ten seconds with true while a lot is sent, and then once with false, when
+	// for ten seconds it was little: what was kept for speed may be given back. It runs on the timer's goroutine with no lock
+	// of this package held, and must not block. Without traffic there is no timer.
+	Traffic func(heavy bool)
 	// Logger, if not nil, is told about handshakes at debug level. It gets no secret.
 	Logger *slog.Logger
 }
@@ -152,6 +156,7 @@ type Device struct {
 	table   table     // sessions and pending handshakes by receiver index
 	sched   scheduler // the one timer
 	janitor Peer      // no peer: its tick trims the pool
+	heavy   bool      // what the last one saw; of the timer's goroutine
 	pool    pool      // batch buffers
 	stage   stage     // packets waiting for a session
 	gate    gate      // how much handshake work is done
