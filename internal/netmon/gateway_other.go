@@ -6,3 +6,5 @@ import "net/netip"
 
 // Other systems do not tell without a library of their own, so ports are not mapped there.
 func defaultGateway4() (netip.Addr, error) { return netip.Addr{}, ErrNoGateway }
+
+func defaultGateway6() (netip.Addr, error) { return netip.Addr{}, ErrNoGateway }

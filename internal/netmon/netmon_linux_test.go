@@ -43,6 +43,34 @@ func FuzzParseRoutes(f *testing.F) {
 const inNamespace = "NETMON_TEST_NAMESPACE"
 
 // TestNamespace changes a network of its own, in a namespace that a second run of the test is in.
+func TestParseRoutes6(t *testing.T) {
+	const zero = "00000000000000000000000000000000"
+	line := func(dst, length, hop, metric, flags, iface string) string {
+		return dst + " " + length + " " + zero + " 00 " + hop + " " + metric + " 00000001 00000000 " + flags + "     " + iface + "\n"
+	}
+	const ll, ula = "fe800000000000000000000000000001", "fd000000000000000000000000000001"
+	own := line("20010db8000000000000000000000000", "40", zero, "00000100", "00000001", "eth0")
+	for _, tt := range []struct{ name, table, want string }{
+		{"none", own, ""},
+		{"empty", "", ""},
+		{"link-local", own + line(zero, "00", ll, "00000400", "00000003", "eth0"), "fe80::1%eth0"},
+		{"unique local", line(zero, "00", ula, "00000400", "00000003", "eth0"), "fd00::1"},
+		{"the least metric", line(zero, "00", ula, "00000400", "00000003", "eth0") + line(zero, "00", ll, "00000100", "00000003", "eth1"), "fe80::1%eth1"},
+		{"without a gateway", line(zero, "00", zero, "00000400", "00000001", "tun0"), ""},
+		{"unreachable", line(zero, "00", zero, "ffffffff", "00200200", "lo"), ""},
+		{"half the Internet", line(zero, "01", ll, "00000400", "00000003", "eth0"), ""},
+		{"garbage", line(zero, "00", "x", "00000400", "00000003", "eth0") + line(zero, "00", ll, "zz", "00000003", "eth0") + "\n\nx y z\n", ""},
+	} {
+		got := ""
+		if a, ok := parseRoutes6([]byte(tt.table)); ok {
+			got = a.String()
+		}
+		if got != tt.want {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
 func TestNamespace(t *testing.T) {
 	if os.Getenv(inNamespace) != "" {
 		testNamespace(t)

@@ -34,6 +34,14 @@ func (n *Node) tellEndpoints() {
 	}
 	n.sess.SetEndpoints(addrs, types)
 	n.ports.Want(wantPortMap(n.eps))
+	n.holes.Want(wantPinhole(n.eps))
+}
+
+// wantsPort reports whether a port on the router is of use, and a hole in its firewall.
+func (n *Node) wantsPort() (port, hole bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return wantPortMap(n.eps), wantPinhole(n.eps)
 }
 
 // linkChanged follows the host's network. It runs on the monitor's goroutine.
@@ -43,6 +51,7 @@ func (n *Node) linkChanged(major bool) {
 	n.mu.Unlock()
 	if started && major {
 		n.ports.NetworkChanged()
+		n.holes.NetworkChanged()
 		n.sess.Nudge()
 		n.kickHome()
 	}

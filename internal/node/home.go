@@ -27,11 +27,15 @@ func (n *Node) chooseHome() {
 	var last *netcheck.Report
 	tick := time.NewTicker(homeInterval)
 	defer tick.Stop()
+	var maps netcheck.PortMapping // as last found out
+	var known bool
 	for {
+		look := false // at the router too
 		select {
 		case <-n.ctx.Done():
 			return
 		case <-tick.C:
+			look = true
 		case <-n.homeKick:
 		}
 		st, _ := n.Status()
@@ -54,7 +58,22 @@ func (n *Node) chooseHome() {
 			n.engine.SetHome(rep.Home)
 		}
 		n.awaitRelay()
-		n.tellControl(rep.NetInfo())
+		if port, hole := n.wantsPort(); look {
+			// Routers do not tell when they restart; their clocks do when they are asked.
+			if port {
+				if r, err := n.ports.Probe(n.ctx); err == nil {
+					maps, known = netcheck.PortMapping(r), true
+				}
+			}
+			if hole {
+				n.holes.Probe(n.ctx)
+			}
+		}
+		ni := rep.NetInfo()
+		if known {
+			ni.PMP, ni.PCP, ni.UPnP = tailcfg.Bool(maps.PMP), tailcfg.Bool(maps.PCP), tailcfg.Bool(maps.UPnP)
+		}
+		n.tellControl(ni)
 	}
 }
 
@@ -115,6 +134,6 @@ func (n *Node) tellControl(ni *tailcfg.NetInfo) {
 	_, ni.HavePortMap = n.ports.Mapping()
 	n.host.NetInfo = ni
 	host := n.host
+	n.sess.SetHostinfo(&host) // under the lock, so that what is told last is what is so; it does not block
 	n.mu.Unlock()
-	n.sess.SetHostinfo(&host)
 }

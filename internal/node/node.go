@@ -86,6 +86,7 @@ type Node struct {
 	engine *datapath.Engine
 	sess   *control.Session
 	ports  *portmap.Client
+	holes  *portmap.Client // ports's IPv6 twin
 	disco  key.DiscoPrivate
 	saved  saved
 
@@ -96,6 +97,7 @@ type Node struct {
 	build *netmap.Builder // belongs to the session's goroutine
 
 	homeKick chan struct{} // capacity 1: choose the home relay again
+	mapMu    sync.Mutex    // serialises portMapped; taken before mu
 
 	mu      sync.Mutex
 	status  Status
@@ -383,6 +385,7 @@ func (n *Node) Close() {
 		n.cancel()
 		n.sess.Close()
 		n.ports.Close()
+		n.holes.Close()
 		n.engine.Close()
 		n.wg.Wait()
 		n.update(func(s *Status) { *s = Status{State: Stopped, Err: errNodeClosed} })

@@ -196,6 +196,9 @@ var reserved = []netip.Prefix{
 	netip.MustParsePrefix("240.0.0.0/4"),
 }
 
+// global6 holds the IPv6 addresses that are routed on the Internet.
+var global6 = netip.MustParsePrefix("2000::/3")
+
 // public reports whether a can be reached from the Internet by a mapping.
 func public(a netip.Addr) bool {
 	if !a.Is4() || a.IsPrivate() || !a.IsGlobalUnicast() {

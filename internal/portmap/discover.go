@@ -41,7 +41,7 @@ func (f *found) any() bool { return f.pcp || f.pmp || len(f.locations) > 0 }
 // discover asks the router at t.gw for all protocols at once. It takes no longer than window; with
 // quick it ends soon after the first that is there. Only the router itself is listened to.
 func (c *Client) discover(ctx context.Context, t target, window time.Duration, quick bool) (f found, err error) {
-	pc, err := c.cfg.ListenPacket(ctx, "udp4", netip.AddrPortFrom(t.self, 0).String())
+	pc, err := c.cfg.ListenPacket(ctx, c.network(), netip.AddrPortFrom(t.self, 0).String())
 	if err != nil {
 		return f, err
 	}
@@ -107,7 +107,7 @@ func (c *Client) discover(ctx context.Context, t target, window time.Duration, q
 			}
 			continue
 		}
-		if from.Addr() != t.gw {
+		if !sameHost(from.Addr(), t.gw) {
 			continue // anyone on the network can answer a search
 		}
 		if from.Port() == pxpPort {
@@ -144,6 +144,9 @@ func (f *found) locate(u location) {
 	f.locations = append(f.locations, u)
 }
 
+// sameHost compares addresses of hosts on one link, whose zone has a name or a number.
+func sameHost(a, b netip.Addr) bool { return a.WithZone("") == b.WithZone("") }
+
 func writeTo(pc net.PacketConn, b []byte, to netip.AddrPort) {
 	// An error is as good as a loss: there may be no route for multicast, or no memory for a moment.
 	pc.WriteTo(b, net.UDPAddrFromAddrPort(to))
@@ -165,7 +168,7 @@ func readFrom(pc net.PacketConn, b []byte) (int, netip.AddrPort, error) {
 // ask sends a request to the router's NAT-PMP and PCP port, again with doubling intervals (RFC 6886 §3.1), until take
 // accepts a reply or says that there will be none.
 func (c *Client) ask(ctx context.Context, t target, req []byte, take func(r *pxpReply) (done bool, err error)) error {
-	pc, err := c.cfg.ListenPacket(ctx, "udp4", netip.AddrPortFrom(t.self, 0).String())
+	pc, err := c.cfg.ListenPacket(ctx, c.network(), netip.AddrPortFrom(t.self, 0).String())
 	if err != nil {
 		return err
 	}
@@ -197,7 +200,7 @@ func (c *Client) ask(ctx context.Context, t target, req []byte, take func(r *pxp
 				}
 				continue
 			}
-			if from != to {
+			if from.Port() != to.Port() || !sameHost(from.Addr(), to.Addr()) {
 				continue
 			}
 			r, err := parsePXP(b[:n])

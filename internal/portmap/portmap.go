@@ -64,11 +64,14 @@ type Config struct {
 	Disabled bool
 	// DisablePCP, DisablePMP and DisableUPnP turn off one protocol.
 	DisablePCP, DisablePMP, DisableUPnP bool
+	// IPv6 has the Client keep a pinhole instead: a port of the node's own IPv6 address that the router's firewall lets in, by PCP
+	// alone.
+	IPv6 bool
 	// AllowPrivate accepts an external address that is private: for laboratories. The mapping of a router that is
 	// behind another one is of no use to anyone outside.
 	AllowPrivate bool
 
-	// Gateway returns the router's IPv4 address and this host's own on that network. Nil: the system's default gateway.
+	// Gateway returns the router's address, of the family in question, and this host's own on that network. Nil: the system's default gateway.
 	Gateway func() (gateway, self netip.Addr, err error)
 	// The system's own if nil.
 	ListenPacket func(ctx context.Context, network, address string) (net.PacketConn, error)
@@ -121,10 +124,17 @@ type Client struct {
 // New returns a Client that does nothing until it is wanted.
 func New(cfg Config) *Client {
 	if cfg.Gateway == nil {
+		find := netmon.DefaultGateway
+		if cfg.IPv6 {
+			find = netmon.DefaultGateway6
+		}
 		cfg.Gateway = func() (netip.Addr, netip.Addr, error) {
-			g, err := netmon.DefaultGateway()
+			g, err := find()
 			return g.Gateway, g.Self, err
 		}
+	}
+	if cfg.IPv6 {
+		cfg.DisablePMP, cfg.DisableUPnP = true, true
 	}
 	if cfg.ListenPacket == nil {
 		cfg.ListenPacket = new(net.ListenConfig).ListenPacket
@@ -138,6 +148,22 @@ func New(cfg Config) *Client {
 	c := &Client{cfg: cfg, log: cfg.Logger}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c
+}
+
+// network is that of the sockets that speak to the router.
+func (c *Client) network() string {
+	if c.cfg.IPv6 {
+		return "udp6"
+	}
+	return "udp4"
+}
+
+// sane reports whether t names a router and an address of the Client's family.
+func (c *Client) sane(t target) bool {
+	if c.cfg.IPv6 { // a pinhole to an address that nobody outside can send to would be of no use
+		return t.gw.Is6() && c.usable(t.self)
+	}
+	return t.gw.Is4() && t.self.Is4()
 }
 
 func (c *Client) off() bool {
@@ -302,7 +328,7 @@ func (c *Client) step() (changed bool) {
 	defer cancel()
 	gw, self, err := c.cfg.Gateway()
 	t := target{gw.Unmap(), self.Unmap(), c.cfg.LocalPort()}
-	if err == nil && (!t.gw.Is4() || !t.self.Is4() || t.port == 0) {
+	if err == nil && (!c.sane(t) || t.port == 0) {
 		err = ErrNoService
 	}
 	now := time.Now()
@@ -432,6 +458,9 @@ func (c *Client) renew(ctx context.Context, t target, old *mapping) (*mapping, e
 
 // usable reports whether a router may have a as its external address.
 func (c *Client) usable(a netip.Addr) bool {
+	if c.cfg.IPv6 {
+		return global6.Contains(a) || c.cfg.AllowPrivate && a.Is6() && a.IsPrivate()
+	}
 	return public(a) || c.cfg.AllowPrivate && a.Is4() && a.IsPrivate()
 }
 
@@ -452,7 +481,11 @@ func (c *Client) granted(proto Protocol, t target, external netip.AddrPort, seco
 
 func (c *Client) mapPCP(ctx context.Context, t target, prev netip.AddrPort, nonce [12]byte) (m *mapping, err error) {
 	if prev.Port() == 0 {
-		prev = netip.AddrPortFrom(netip.IPv4Unspecified(), t.port)
+		any := netip.IPv4Unspecified()
+		if c.cfg.IPv6 {
+			any = netip.IPv6Unspecified()
+		}
+		prev = netip.AddrPortFrom(any, t.port)
 	}
 	req := appendPCPMap(nil, t.self, nonce, t.port, prev, uint32(lifetime/time.Second))
 	err = c.ask(ctx, t, req, func(r *pxpReply) (bool, error) {
@@ -516,7 +549,7 @@ func (c *Client) mapPMP(ctx context.Context, t target, prev uint16, addr netip.A
 
 // tell sends a request whose answer is of no interest.
 func (c *Client) tell(ctx context.Context, t target, req []byte) {
-	pc, err := c.cfg.ListenPacket(ctx, "udp4", netip.AddrPortFrom(t.self, 0).String())
+	pc, err := c.cfg.ListenPacket(ctx, c.network(), netip.AddrPortFrom(t.self, 0).String())
 	if err != nil {
 		return
 	}
@@ -559,7 +592,7 @@ func (c *Client) Probe(ctx context.Context) (Result, error) {
 		return Result{}, fmt.Errorf("portmap: gateway: %w", err)
 	}
 	t := target{gw: gw.Unmap(), self: self.Unmap()}
-	if !t.gw.Is4() || !t.self.Is4() {
+	if !c.sane(t) {
 		return Result{}, ErrNoService
 	}
 	f, err := c.discover(ctx, t, probeWindow, false)

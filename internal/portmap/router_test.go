@@ -22,6 +22,8 @@ var (
 	gwAddr   = netip.MustParseAddr("192.168.1.1")
 	selfAddr = netip.MustParseAddr("192.168.1.7")
 	extAddr  = netip.MustParseAddr("203.0.113.9")
+	gw6Addr  = netip.MustParseAddr("fd00::1")
+	self6    = netip.MustParseAddr("2001:db8:1::7")
 )
 
 // router is a fake one. The fields may be changed by set.
@@ -62,8 +64,13 @@ func newRouter(t *testing.T) *router {
 		services: serviceTypes[:1], location: "http://192.168.1.1:5000/desc/root.xml",
 	}
 	r.net = memnet.New(1, memnet.Link{Latency: time.Millisecond})
-	r.host = r.net.Host(selfAddr.String())
-	gw := r.net.Host(gwAddr.String())
+	r.host = r.net.Host(selfAddr.String(), self6.String())
+	gw := r.net.Host(gwAddr.String(), gw6Addr.String())
+	pc6, err := gw.ListenPacket("udp6", ":5351")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.serve(pc6, pc6, r.pxp)
 	group := r.net.Host("239.255.255.250")
 	r.udp(gw, 5351, r.pxp)
 	answer := r.udp(gw, 1900, r.ssdp)
@@ -179,6 +186,9 @@ func (r *router) pxp(b []byte, src netip.AddrPort) [][]byte {
 		out = binary.BigEndian.AppendUint16(out, want)
 		out = binary.BigEndian.AppendUint32(out, life)
 	case r.pcp && len(b) >= 24 && b[0] == 2:
+		if c := netip.AddrFrom16([16]byte(b[8:])).Unmap(); c != src.Addr() {
+			r.note("pcp for %v from %v", c, src.Addr()) // RFC 6887 §8.1: they must be the same
+		}
 		out = slices.Clone(b)
 		out[1] |= 0x80
 		copy(out[8:24], make([]byte, 16))
