@@ -72,6 +72,10 @@ bench: ## Measure tailnode and upstream's tsnet side by side; table on stdout, J
 bench-quick: ## The same in under three minutes, with wider error bars.
 	cd bench && $(GO) run . -quick -json ../bench.out
 
+.PHONY: bench-docs
+bench-docs: ## Put the table and the chart of bench.out into docs/.
+	cd bench && $(GO) run . -from ../bench.out -docs ../docs
+
 .PHONY: lint
 lint: fmt vet staticcheck imports ## gofmt, vet, staticcheck and the import rules.
 

@@ -42,9 +42,9 @@ const (
 const leanFeatures = "acme,ipnbus,netstack,serve"
 
 type options struct {
-	quick                                                               bool
-	json, csv, markdown, svg, from, only, without, profiles, congestion string
-	rounds                                                              int
+	quick                                                                     bool
+	json, csv, markdown, svg, docs, from, only, without, profiles, congestion string
+	rounds                                                                    int
 }
 
 func main() {
@@ -55,6 +55,7 @@ func main() {
 	flag.StringVar(&o.csv, "csv", "", "write every value to this file, one a line")
 	flag.StringVar(&o.markdown, "markdown", "", "write the table to this file")
 	flag.StringVar(&o.svg, "svg", "", "write a chart of the ratios to this file")
+	flag.StringVar(&o.docs, "docs", "", "put the table into performance.md of this folder, between its marks, and the chart beside it as performance.svg")
 	flag.StringVar(&o.from, "from", "", "measure nothing and take what -json wrote to these files, comma-separated: a later one's measures replace an earlier one's")
 	flag.StringVar(&o.only, "only", "", "comma-separated measures (default all; see -list)")
 	flag.StringVar(&o.without, "without", "", "a side to leave out: ours or upstream")
@@ -223,6 +224,9 @@ func (rep *report) write(o options) error {
 		if err := f.write(f.name); err != nil {
 			return err
 		}
+	}
+	if o.docs != "" {
+		return rep.writeDocs(o.docs)
 	}
 	return nil
 }

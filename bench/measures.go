@@ -30,20 +30,20 @@ const (
 // measures is the list of what is measured, in this order. Rows of the table come in the order in which they were first added.
 var measures = []*measure{
 	{"size", "binary size and packages of a minimal program", together, [2]int{1, 1}, [2]time.Duration{10 * time.Minute, 10 * time.Minute}, measureSize},
-	{"start", "start to Up, to the first byte from a peer, to a direct path", eachSide, [2]int{9, 2}, secs(20, 20), measureStart},
+	{"start", "start to Up, to the first byte from a peer, to a direct path", eachSide, [2]int{7, 2}, secs(20, 20), measureStart},
 	{"start-1000", "the same with 1,000 peers in the netmap", eachSide, [2]int{3, 1}, secs(30, 20), startMany(1000)},
 	{"start-10000", "the same with 10,000 peers in the netmap", eachSide, [2]int{3, 1}, secs(45, 30), startMany(10_000)},
 	{"blocked", "the same with all UDP dropped", eachSide, [2]int{3, 1}, secs(40, 30), measureBlocked},
-	{"restart", "restart of each of two nodes to the first byte", eachSide, [2]int{5, 1}, secs(30, 30), measureRestart},
+	{"restart", "restart of each of two nodes to the first byte", eachSide, [2]int{4, 1}, secs(40, 30), measureRestart},
 	{"idle", "memory, threads, goroutines, processor time at 1, 1,000, 10,000 peers, doing nothing", together, [2]int{1, 1}, secs(150, 60), measureIdle},
 	{"delta", "a change that arrives at a node with 10,000 peers", eachSide, [2]int{2, 1}, secs(60, 40), measureDelta},
-	{"direct", "direct path: round trips idle and under load, TCP with 1, 8, 64 streams", eachSide, [2]int{4, 1}, secs(60, 40), measureDirect},
+	{"direct", "direct path: round trips idle and under load, TCP with 1, 8, 64 streams", eachSide, [2]int{3, 1}, secs(60, 40), measureDirect},
 	{"udp", "datagrams a second, direct", eachSide, [2]int{3, 1}, secs(30, 20), measureUDP},
 	{"relayed", "the same as direct by our relay and by upstream's", eachSide, [2]int{2, 1}, secs(90, 60), measureRelayed},
 	{"connections", "connections a second, one at a time and 32 at once", eachSide, [2]int{3, 1}, secs(30, 20), measureConnections},
 	{"after", "memory 60 s after 8 streams", together, [2]int{1, 1}, secs(150, 40), measureAfter},
 	{"close", "Close with thousands of connections, and what it gives back", eachSide, [2]int{2, 1}, secs(90, 45), measureClose},
-	{"relay", "packets forwarded by either relay between either side's relay clients, without nodes", alone, [2]int{3, 1}, secs(40, 20), measureRelay},
+	{"relay", "packets forwarded by either relay between either side's relay clients, without nodes", alone, [2]int{2, 1}, secs(40, 20), measureRelay},
 	{"coord", "light nodes that join our coordination server and upstream's test server, and a change that reaches all", alone, [2]int{1, 1}, secs(100, 45), measureCoord},
 	{"faces", "the C library and the Rust crate beside Go in process; needs them built", alone, [2]int{1, 1}, secs(60, 30), measureFaces},
 }
@@ -70,8 +70,8 @@ type plan struct {
 
 var plans = [2]plan{
 	{
-		idle: 30 * time.Second, stream: 3 * time.Second, after: 60 * time.Second, trips: 5000, tripping: 2 * time.Second,
-		deltas: 20, hold: 5000, close: 10 * time.Second, crowd: 1000, patience: patience(time.Minute), quiet: 5 * time.Second,
+		idle: 30 * time.Second, stream: 2500 * time.Millisecond, after: 60 * time.Second, trips: 5000, tripping: 2 * time.Second,
+		deltas: 20, hold: 5000, close: 10 * time.Second, crowd: 1000, patience: patience(30 * time.Second), quiet: 3 * time.Second,
 	}, {
 		quick: true,
 		idle:  5 * time.Second, stream: time.Second, after: 5 * time.Second, trips: 1000, tripping: time.Second,

@@ -137,8 +137,8 @@ func measureRelay(r *round) error {
 				r.fail(rl.side, fmt.Errorf("between %s: %w", cl.name, err))
 				continue
 			}
-			name := "relay alone, between " + cl.name + ": "
-			r.addAs(rl.side, more(name+"packets of 1,312 bytes forwarded", "1/s", 0).charted(), rate)
+			name := "relay alone, " + cl.name + ": "
+			r.addAs(rl.side, more(name+"packets forwarded (1,312 bytes)", "1/s", 0).charted(), rate)
 			r.addAs(rl.side, less(name+"processor time, relay and clients", "s/GB", 0), cpu)
 		}
 	}
@@ -223,12 +223,12 @@ func (r *round) crowd(ctx context.Context, side string, n int) error {
 	used := child.CPU()
 	x := newCrowd(ctx, url, key, n)
 	defer x.close()
-	name := "coordination server, " + thousands(n) + " light nodes: "
+	name := "coordination, " + thousands(n) + " light nodes: "
 	if err := x.wait(ctx, func() bool { return x.knowAll == n }); err != nil {
 		return fmt.Errorf("joining: %w", err)
 	}
 	r.addAs(side, less(name+"all join and know all", "ms", 0).charted(), time.Since(x.began).Seconds()*1e3)
-	r.addAs(side, less(name+"processor time for it, server and nodes", "s", 0), child.CPU()-used)
+	r.addAs(side, less(name+"processor time of joining, server and nodes", "s", 0), child.CPU()-used)
 	for range 5 {
 		began := time.Now()
 		if err := x.change(ctx); err != nil {
@@ -237,7 +237,7 @@ func (r *round) crowd(ctx context.Context, side string, n int) error {
 		if err := x.wait(ctx, func() bool { return x.heard == n-1 }); err != nil {
 			return fmt.Errorf("a change: %w", err)
 		}
-		r.addAs(side, less(name+"a node's new key is with all others", "ms", 0).charted(), time.Since(began).Seconds()*1e3)
+		r.addAs(side, less(name+"a change is with all others", "ms", 0).charted(), time.Since(began).Seconds()*1e3)
 	}
 	return nil
 }

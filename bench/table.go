@@ -5,6 +5,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -93,25 +94,52 @@ func (rep *report) print(out io.Writer) {
 	}
 }
 
-// writeMarkdown writes the table of medians as docs/performance.md has it.
+// markdown is the table of medians as docs/performance.md has it.
+func (rep *report) markdown() string {
+	var s strings.Builder
+	s.WriteString("| median (least - most) | ours | upstream | ours / upstream | goal |\n|---|---|---|---|---|\n")
+	for _, l := range rep.lines() {
+		fmt.Fprintf(&s, "| %s | %s | %s | %s | %s |\n", cellText(l.name), cellText(l.ours), cellText(l.upstream), l.ratio, l.goal)
+	}
+	var lean []string
+	for _, l := range rep.lines() {
+		if l.leanest != "" {
+			lean = append(lean, l.name+" "+l.leanest)
+		}
+	}
+	if lean != nil {
+		fmt.Fprintf(&s, "\nUpstream at its leanest: %s.\n", strings.Join(lean, "; "))
+	}
+	rep.printConditions(&s)
+	return s.String()
+}
+
 func (rep *report) writeMarkdown(name string) error {
-	f, err := os.Create(name)
+	return os.WriteFile(name, []byte(rep.markdown()), 0o644)
+}
+
+// The table in performance.md stands between these lines.
+const (
+	tableBegin = "<!-- what follows is written by bench -docs -->\n"
+	tableEnd   = "<!-- end of what bench writes -->\n"
+)
+
+// writeDocs replaces the table in performance.md and writes the chart beside it.
+func (rep *report) writeDocs(dir string) error {
+	name := filepath.Join(dir, "performance.md")
+	b, err := os.ReadFile(name)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	fmt.Fprintf(f, "| median (least - most) | ours | upstream | ours / upstream | goal |\n|---|---|---|---|---|\n")
-	for _, l := range rep.lines() {
-		fmt.Fprintf(f, "| %s | %s | %s | %s | %s |\n", cellText(l.name), cellText(l.ours), cellText(l.upstream), l.ratio, l.goal)
+	head, rest, ok := strings.Cut(string(b), tableBegin)
+	_, foot, ok2 := strings.Cut(rest, tableEnd)
+	if !ok || !ok2 {
+		return fmt.Errorf("%s has no place for the table: it goes between the lines %q and %q", name, tableBegin, tableEnd)
 	}
-	for _, l := range rep.lines() {
-		if l.leanest != "" {
-			fmt.Fprintf(f, "\nUpstream at its leanest: %s %s.", l.name, l.leanest)
-		}
+	if err := os.WriteFile(name, []byte(head+tableBegin+"\n"+rep.markdown()+"\n"+tableEnd+foot), 0o644); err != nil {
+		return err
 	}
-	fmt.Fprintln(f)
-	rep.printConditions(f)
-	return f.Close()
+	return rep.writeSVG(filepath.Join(dir, "performance.svg"))
 }
 
 func cellText(s string) string { return strings.ReplaceAll(s, "|", "\\|") }
