@@ -106,7 +106,7 @@ func (c *LocalClient) Ping(ctx context.Context, ip netip.Addr, typ PingType) (*P
 	out := &PingResult{
 		IP: r.IP.String(), NodeIP: r.NodeIP.String(), NodeName: r.NodeName,
 		LatencySeconds: r.Latency.Seconds(), DERPRegionID: r.Region, DERPRegionCode: r.RegionCode,
-		PeerAPIPort: r.PeerAPIPort, IsLocalIP: r.Local,
+		PeerRelay: r.PeerRelay, PeerAPIPort: r.PeerAPIPort, IsLocalIP: r.Local,
 	}
 	if r.Endpoint.IsValid() {
 		out.Endpoint = r.Endpoint.String()
@@ -209,9 +209,10 @@ func applyLive(m *netmap.Map, ps *PeerStatus, l datapath.Live) {
 	if l.Path.Addr.IsValid() {
 		ps.CurAddr = l.Path.Addr.String()
 	}
+	ps.PeerRelay = l.Path.PeerRelay()
 	if l.Known {
 		ps.Path = &PathStatus{
-			Endpoint: ps.CurAddr, Region: node.RegionCode(m, l.Path.Region), RoundTrip: l.Path.RTT,
+			Endpoint: ps.CurAddr, PeerRelay: ps.PeerRelay, Region: node.RegionCode(m, l.Path.Region), RoundTrip: l.Path.RTT,
 			Since: l.Path.Since, WhyNotDirect: l.Path.WhyNotDirect,
 		}
 	}

@@ -39,9 +39,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 
+	"github.com/tailnode/tailnode/internal/datapath"
 	"github.com/tailnode/tailnode/internal/errcode"
 	"github.com/tailnode/tailnode/internal/node"
 	"github.com/tailnode/tailnode/internal/state"
@@ -97,6 +99,15 @@ type Server struct {
 
 	// Port is the UDP port for direct traffic with peers; 0 lets the system choose.
 	Port uint16
+
+	// RelayServerPort makes the node a peer relay: it listens on this UDP port, 0 for one that the system chooses, and forwards
+	// the sealed packets of nodes that find no direct path to each other, if the tailnet's policy grants them that (the
+	// capability tailscale.com/cap/relay). Nil means it is none. It is named after upstream's preference; tsnet has no such field.
+	RelayServerPort *uint16
+
+	// RelayServerStaticEndpoints are addresses at which the relay can be reached beside those that it finds out, such as a port that
+	// a router forwards.
+	RelayServerStaticEndpoints []netip.AddrPort
 
 	// DisablePortMapping keeps the server from asking the router for a port by PCP, NAT-PMP or
 	// UPnP, which it does where it finds itself behind a NAT. It has no counterpart in tsnet.
@@ -172,6 +183,7 @@ func (s *Server) startLocked() (err error) {
 		AuthURL:    s.showAuthURL,
 		RootCA:     s.RootCAs,
 		Port:       s.Port,
+		PeerRelay:  s.peerRelay(),
 		NoPortMap:  s.DisablePortMapping,
 		Logger:     s.logger(),
 	})
@@ -180,6 +192,14 @@ func (s *Server) startLocked() (err error) {
 	}
 	s.node.Engine().Stack().SetFallbackTCP(s.fallbacks.handle)
 	return nil
+}
+
+// peerRelay returns how the node relays for others, nil if it does not.
+func (s *Server) peerRelay() *datapath.PeerRelay {
+	if s.RelayServerPort == nil {
+		return nil
+	}
+	return &datapath.PeerRelay{Port: *s.RelayServerPort, Static: slices.Clone(s.RelayServerStaticEndpoints)}
 }
 
 // openStore returns the state store and puts what unlocks it in s.release.

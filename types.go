@@ -82,6 +82,7 @@ type PeerStatus struct {
 	PrimaryRoutes  []netip.Prefix `json:",omitempty"`
 	Addrs          []string       // endpoints that the peer may be reached at
 	CurAddr        string         // the endpoint in use; empty: by relay
+	PeerRelay      string         // the peer relay in use, as "address:port:vni:number"; empty: none
 	Relay          string         // code of the peer's home relay region
 	RxBytes        int64          // of WireGuard messages from the peer
 	TxBytes        int64          // of WireGuard messages to the peer
@@ -109,10 +110,11 @@ type PeerStatus struct {
 // PathStatus is the way that packets take to a peer.
 type PathStatus struct {
 	Endpoint     string        `json:",omitempty"` // address and port of a direct path; empty: by relay
+	PeerRelay    string        `json:",omitempty"` // of a path by peer relay, as "address:port:vni:number"
 	Region       string        `json:",omitempty"` // code of the relay region, of a path by relay
 	RoundTrip    time.Duration // to the peer's path manager, last measured; 0: not yet
 	Since        time.Time     `json:",omitzero"`  // when this path was taken into use
-	WhyNotDirect string        `json:",omitempty"` // of a path by relay
+	WhyNotDirect string        `json:",omitempty"` // of a path by relay, of either kind
 }
 
 // IsTagged reports whether the node is owned by tags and not by a user.
@@ -139,6 +141,7 @@ type PingResult struct {
 	Err            string  // not empty: what went wrong
 	LatencySeconds float64 // round trip
 	Endpoint       string  // the answer came directly from this address and port
+	PeerRelay      string  // the answer came by this peer relay, as "address:port:vni:number"
 	DERPRegionID   int     // the answer came by this relay region
 	DERPRegionCode string  // its code
 	PeerAPIPort    uint16  `json:",omitempty"`

@@ -81,17 +81,18 @@ func TestAddressesUsedUp(t *testing.T) {
 func TestFilterChecks(t *testing.T) {
 	all := []string{"*"}
 	for name, f := range map[string]*Filter{
-		"no source":      {Rules: []FilterRule{{Dst: all}}},
-		"no destination": {Rules: []FilterRule{{Src: all}}},
-		"bad address":    {Rules: []FilterRule{{Src: []string{"10.0.0"}, Dst: all}}},
-		"bits set":       {Rules: []FilterRule{{Src: []string{"10.0.0.1/8"}, Dst: all}}},
-		"bad range":      {Rules: []FilterRule{{Src: []string{"10.0.0.9-10.0.0.1"}, Dst: all}}},
-		"mixed range":    {Rules: []FilterRule{{Src: []string{"10.0.0.9-::1"}, Dst: all}}},
-		"bad port":       {Rules: []FilterRule{{Src: all, Dst: all, Ports: []string{"70000"}}}},
-		"bad ports":      {Rules: []FilterRule{{Src: all, Dst: all, Ports: []string{"9-1"}}}},
-		"bad protocol":   {Rules: []FilterRule{{Src: all, Dst: all, Proto: []string{"quic"}}}},
-		"empty grant":    {Grants: []Grant{{Src: all, Dst: all}}},
-		"grant to range": {Grants: []Grant{{Src: all, Dst: []string{"10.0.0.1-10.0.0.2"}, Caps: map[string][]json.RawMessage{"x": nil}}}},
+		"no source":        {Rules: []FilterRule{{Dst: all}}},
+		"no destination":   {Rules: []FilterRule{{Src: all}}},
+		"bad address":      {Rules: []FilterRule{{Src: []string{"10.0.0"}, Dst: all}}},
+		"bits set":         {Rules: []FilterRule{{Src: []string{"10.0.0.1/8"}, Dst: all}}},
+		"bad range":        {Rules: []FilterRule{{Src: []string{"10.0.0.9-10.0.0.1"}, Dst: all}}},
+		"mixed range":      {Rules: []FilterRule{{Src: []string{"10.0.0.9-::1"}, Dst: all}}},
+		"bad port":         {Rules: []FilterRule{{Src: all, Dst: all, Ports: []string{"70000"}}}},
+		"bad ports":        {Rules: []FilterRule{{Src: all, Dst: all, Ports: []string{"9-1"}}}},
+		"bad protocol":     {Rules: []FilterRule{{Src: all, Dst: all, Proto: []string{"quic"}}}},
+		"empty grant":      {Grants: []Grant{{Src: all, Dst: all}}},
+		"relays for range": {Grants: []Grant{{Src: []string{"10.0.0.1-10.0.0.2"}, Dst: all, Caps: map[string][]json.RawMessage{CapRelay: nil}}}},
+		"grant to range":   {Grants: []Grant{{Src: all, Dst: []string{"10.0.0.1-10.0.0.2"}, Caps: map[string][]json.RawMessage{"x": nil}}}},
 	} {
 		if _, err := f.rules(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
@@ -101,6 +102,13 @@ func TestFilterChecks(t *testing.T) {
 		Ports: []string{"1-2", "*"}, Proto: []string{"TCP", "47"}}}}
 	r, err := good.rules()
 	if err != nil || len(r[0].DstPorts) != 4 || r[0].IPProto[1] != 47 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	// A grant of relays tells both sides.
+	relays := &Filter{Grants: []Grant{{Src: []string{"*"}, Dst: []string{"100.64.0.9"}, Caps: map[string][]json.RawMessage{CapRelay: nil}}}}
+	r, err = relays.rules()
+	if err != nil || len(r) != 2 || r[0].SrcIPs[0] != "*" || r[0].CapGrant[0].Dsts[0].String() != "100.64.0.9/32" || r[0].CapGrant[0].CapMap[tailcfg.PeerCapabilityRelay] == nil ||
+		r[1].SrcIPs[0] != "100.64.0.9" || len(r[1].CapGrant[0].Dsts) != 2 || r[1].CapGrant[0].CapMap[tailcfg.PeerCapabilityRelayTarget] == nil {
 		t.Errorf("%+v, %v", r, err)
 	}
 	if r, err := (&Filter{}).rules(); err != nil || r == nil || len(r) != 0 {

@@ -145,7 +145,12 @@ type FilterRule struct {
 	Proto []string // "tcp", "udp", "icmp", "icmpv6", "sctp" or a number; empty = tcp, udp, icmp and icmpv6
 }
 
-// Grant gives peers capabilities, which applications read with WhoIs. It allows no packets.
+// CapRelay is the capability to use a node as a peer relay: a grant of it lets the nodes of Src use the relays among
+// the nodes of Dst. Sources that are ranges are not possible for it.
+const CapRelay = "tailscale.com/cap/relay"
+
+// Grant gives peers capabilities, which applications read with WhoIs. It allows no packets. [CapRelay] is one that
+// nodes themselves read.
 type Grant struct {
 	Src  []string // as in [FilterRule]
 	Dst  []string // addresses, prefixes or "*"

@@ -152,8 +152,32 @@ func (f *Filter) rules() ([]tailcfg.FilterRule, error) {
 		}
 		w.CapGrant = []tailcfg.CapGrant{cg}
 		out = append(out, w)
+		if _, ok := g.Caps[CapRelay]; ok {
+			back, err := relayTargets(g)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, back)
+		}
 	}
 	return out, nil
+}
+
+// relayTargets is the other side of a grant of CapRelay: it tells the sources which nodes are their relays.
+func relayTargets(g Grant) (tailcfg.FilterRule, error) {
+	cg := tailcfg.CapGrant{CapMap: tailcfg.PeerCapMap{tailcfg.PeerCapabilityRelayTarget: []tailcfg.RawMessage{}}}
+	for _, s := range g.Src {
+		if s == "*" {
+			cg.Dsts = append(cg.Dsts, netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0))
+			continue
+		}
+		p, err := prefix(s)
+		if err != nil {
+			return tailcfg.FilterRule{}, fmt.Errorf("coord: %w: %q is no address or prefix, which a grant of %s needs", ErrInvalid, s, CapRelay)
+		}
+		cg.Dsts = append(cg.Dsts, p)
+	}
+	return tailcfg.FilterRule{SrcIPs: g.Dst, CapGrant: []tailcfg.CapGrant{cg}}, nil
 }
 
 func prefix(s string) (netip.Prefix, error) {

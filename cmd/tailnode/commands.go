@@ -28,10 +28,15 @@ func (a *app) upCommand() *cli.Command {
 		Usage: "join a tailnet and stay, until interrupted",
 		Description: "Joins, prints the status, and stays. In another terminal \"tailnode status\", \"tailnode ping\"\n" +
 			"and \"tailnode nc\" with the same --dir use the node that stays.",
-		Flags: nodeFlags(jsonFlag()),
+		Flags: nodeFlags(jsonFlag(),
+			&cli.Uint16Flag{Name: "relay-server-port", Usage: "relay for other nodes (a peer relay) on this UDP `PORT`; 0 lets the system choose"},
+			&cli.StringSliceFlag{Name: "relay-server-static-endpoints", Usage: "`ADDRESS:PORT` at which that relay can be reached beside what it finds out; may be repeated"}),
 		Action: func(ctx context.Context, c *cli.Command) error {
 			s, err := a.newServer(c)
 			if err != nil {
+				return err
+			}
+			if err := peerRelay(c, s); err != nil {
 				return err
 			}
 			defer s.Close()
@@ -48,6 +53,25 @@ func (a *app) upCommand() *cli.Command {
 			return nil
 		},
 	}
+}
+
+// peerRelay makes s a peer relay if the flags say so.
+func peerRelay(c *cli.Command, s *tailnode.Server) error {
+	if !c.IsSet("relay-server-port") {
+		if c.IsSet("relay-server-static-endpoints") {
+			return usagef("--relay-server-static-endpoints needs --relay-server-port")
+		}
+		return nil
+	}
+	s.RelayServerPort = new(c.Uint16("relay-server-port"))
+	for _, e := range c.StringSlice("relay-server-static-endpoints") {
+		ap, err := netip.ParseAddrPort(e)
+		if err != nil || ap.Port() == 0 {
+			return usagef("%q is not an address with a port", e)
+		}
+		s.RelayServerStaticEndpoints = append(s.RelayServerStaticEndpoints, ap)
+	}
+	return nil
 }
 
 func (a *app) serveCommand() *cli.Command {
@@ -269,10 +293,12 @@ func peerState(p *tailnode.PeerStatus) string {
 		return "offline, last seen " + p.LastSeen.Local().Format("2006-01-02 15:04")
 	case !p.Online:
 		return "offline"
-	case p.Path == nil || !p.Active && p.CurAddr == "":
+	case p.Path == nil || !p.Active && p.CurAddr == "" && p.PeerRelay == "":
 		return "idle"
 	case p.CurAddr != "":
 		s = "direct " + p.CurAddr
+	case p.PeerRelay != "":
+		s = "peer relay " + p.PeerRelay
 	default:
 		s = "relay " + cmp.Or(p.Path.Region, p.Relay)
 	}
@@ -427,6 +453,8 @@ func pathText(r *tailnode.PingResult) string {
 		return "which is this node"
 	case r.Endpoint != "":
 		return "directly from " + r.Endpoint
+	case r.PeerRelay != "":
+		return "by peer relay " + r.PeerRelay
 	case r.DERPRegionID != 0:
 		return "by relay " + r.DERPRegionCode
 	}

@@ -54,6 +54,8 @@ type Config struct {
 	RelayState func(region int, connected bool, err error)
 	// Port is the UDP port for direct paths, 0 for one that the system chooses.
 	Port uint16
+	// PeerRelay, if not nil, has the node be a relay for others, unless control forbids it.
+	PeerRelay *PeerRelay
 	// RelayOnly does without UDP.
 	RelayOnly bool
 	// KeepMemory leaves it to the Go runtime when memory that a burst of traffic needed is given back, see reclaim.
@@ -87,6 +89,8 @@ type Engine struct {
 	home   atomic.Int64
 	direct *direct // nil: relays only
 
+	peerRelays peerRelays
+
 	mu     sync.Mutex // guards what follows, and serialises SetNetmap, SetNodeKey and Close
 	closed bool
 }
@@ -99,6 +103,7 @@ func New(cfg Config) (*Engine, error) {
 	e := &Engine{cfg: cfg, log: cfg.Logger, flows: filter.NewFlows(maxFlows)}
 	e.waits.init()
 	e.dns.e = e
+	e.peerRelays.e, e.peerRelays.conf = e, cfg.PeerRelay
 	stack, err := netstack.New(netstack.Config{MTU: MTU, Output: (*output)(e), Logger: cfg.Logger})
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
@@ -143,6 +148,7 @@ func (e *Engine) Close() {
 	if e.direct != nil {
 		e.direct.close()
 	}
+	e.peerRelays.close()
 	e.trans.Load().close()
 	e.reclaim.close()
 }
@@ -170,6 +176,7 @@ func (e *Engine) SetNetmap(m *netmap.Map, ch netmap.Change) error {
 		e.kickSTUN()
 	}
 	t.setPeers(m, ch, first)
+	e.peerRelays.update(m, ch, first)
 	return nil
 }
 
@@ -210,6 +217,7 @@ func (e *Engine) SetNodeKey(k key.NodePrivate) error {
 	if m := e.netmap.Load(); m != nil {
 		t.relays.SetMap(m.DERPMap)
 		t.setPeers(m, netmap.Change{}, true)
+		e.peerRelays.tell(t)
 		t.relays.SetHome(e.Home())
 	}
 	e.setLocal(t)

@@ -107,6 +107,7 @@ func (e *Engine) linkChanged(c netmon.Change) {
 	}
 	t := e.trans.Load()
 	t.paths.SetLocal(c.New.Addrs)
+	e.peerRelays.linkChanged(c)
 	if c.Major {
 		t.paths.NetworkChanged()
 		t.relays.Rebind()
@@ -153,6 +154,7 @@ func (e *Engine) followSTUN(ctx context.Context) {
 			return addrs
 		})
 		e.trans.Load().paths.SetSTUN(servers)
+		e.peerRelays.setSTUN(servers)
 	}
 }
 

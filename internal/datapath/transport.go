@@ -70,6 +70,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 		STUN:      e.stun.deliver,
 		Endpoints: e.cfg.Endpoints,
 		Alive:     t.alive,
+		PeerRelay: &e.peerRelays,
 		Called:    t.called,
 		Logger:    e.log,
 	}

@@ -53,6 +53,8 @@ type Node struct {
 	MachineAuthorized bool
 	IsWireGuardOnly   bool
 	IsJailed          bool
+	// UnsignedPeerAPIOnly nodes are not covered by tailnet lock; they never hold peer capabilities that concern paths.
+	UnsignedPeerAPIOnly bool
 }
 
 // ShortName returns the first label of the name.
@@ -123,7 +125,7 @@ func newNode(n *tailcfg.Node, in interner) (c *Node, ignored int, ok bool) {
 		ID: n.ID, StableID: n.StableID, Name: n.Name, User: n.User, Sharer: n.Sharer, Key: n.Key, DiscoKey: n.DiscoKey,
 		KeyExpiry: n.KeyExpiry, Created: n.Created,
 		HomeDERP: region(n.HomeRegion()), Cap: n.Cap,
-		Expired: n.Expired, MachineAuthorized: n.MachineAuthorized, IsWireGuardOnly: n.IsWireGuardOnly, IsJailed: n.IsJailed,
+		Expired: n.Expired, MachineAuthorized: n.MachineAuthorized, IsWireGuardOnly: n.IsWireGuardOnly, IsJailed: n.IsJailed, UnsignedPeerAPIOnly: n.UnsignedPeerAPIOnly,
 	}
 	if n.LastSeen != nil {
 		c.LastSeen = *n.LastSeen
@@ -257,5 +259,5 @@ func same(a, b *Node) bool {
 		maps.EqualFunc(a.CapMap, b.CapMap, slices.Equal) &&
 		a.Masq4 == b.Masq4 && a.Masq6 == b.Masq6 && a.Online == b.Online && a.OnlineKnown == b.OnlineKnown &&
 		a.Expired == b.Expired && a.MachineAuthorized == b.MachineAuthorized &&
-		a.IsWireGuardOnly == b.IsWireGuardOnly && a.IsJailed == b.IsJailed
+		a.IsWireGuardOnly == b.IsWireGuardOnly && a.IsJailed == b.IsJailed && a.UnsignedPeerAPIOnly == b.UnsignedPeerAPIOnly
 }

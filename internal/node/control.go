@@ -131,7 +131,7 @@ func (h *handler) Ping(ctx context.Context, req *tailcfg.PingRequest) (*tailcfg.
 	return &tailcfg.PingResponse{
 		Type: req.Types, IP: r.IP.String(), NodeIP: r.NodeIP.String(), NodeName: r.NodeName,
 		LatencySeconds: r.Latency.Seconds(), DERPRegionID: r.Region, DERPRegionCode: r.RegionCode,
-		Endpoint: endpointText(r.Endpoint), PeerAPIPort: r.PeerAPIPort,
+		Endpoint: endpointText(r.Endpoint), PeerRelay: r.PeerRelay, PeerAPIPort: r.PeerAPIPort,
 	}, nil
 }
 

@@ -49,6 +49,8 @@ type Config struct {
 	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
 	RootCA *x509.CertPool // nil is the system's
 	Port   uint16         // UDP port for direct paths; 0: the system chooses
+	// PeerRelay, if not nil, has the node relay for others.
+	PeerRelay *datapath.PeerRelay
 	// NoPortMap keeps the node from asking the router for a port.
 	NoPortMap bool
 	Logger    *slog.Logger
@@ -164,6 +166,7 @@ func Start(cfg Config) (*Node, error) {
 		RootCAs:     cfg.RootCA,
 		RelayState:  n.relayState,
 		Port:        cfg.Port,
+		PeerRelay:   cfg.PeerRelay,
 		Endpoints:   n.setEndpoints,
 		LinkChanged: n.linkChanged,
 		Logger:      cfg.Logger,
@@ -279,6 +282,7 @@ func (n *Node) hostinfo() tailcfg.Hostinfo {
 		Userspace:       tailcfg.True,
 		UserspaceRouter: tailcfg.True,
 		RequestTags:     n.cfg.Tags,
+		PeerRelay:       n.cfg.PeerRelay != nil,
 	}
 }
 

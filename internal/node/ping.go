@@ -27,6 +27,7 @@ type PingResult struct {
 	Region      int // relay region that the answer came by; 0: directly, or not known to this kind
 	RegionCode  string
 	Endpoint    netip.AddrPort // the answer came directly from there
+	PeerRelay   string         // the peer relay that it came by, as "address:port:vni:number"
 	PeerAPIPort uint16
 	Local       bool // the address is this node's own
 }
@@ -63,7 +64,10 @@ func (n *Node) Ping(ctx context.Context, ip netip.Addr, kind string) (PingResult
 		if err != nil {
 			return r, pingErr(err)
 		}
-		r.Latency, r.Region, r.Endpoint = pr.Latency, pr.Region, pr.Addr
+		r.Latency, r.Region, r.PeerRelay = pr.Latency, pr.Region, pr.PeerRelay()
+		if r.PeerRelay == "" {
+			r.Endpoint = pr.Addr
+		}
 	case PingTSMP:
 		d, port, err := n.engine.PingTSMP(ctx, ip)
 		if err != nil {

@@ -114,8 +114,6 @@ type PeerInfo struct {
 	Endpoints     []netip.AddrPort
 	WireGuardOnly bool // speaks neither disco nor DERP
 	Cap           int  // capability version
-	// Relay says that this node may ask the peer for endpoints on the relay that it is.
-	Relay bool
 }
 
 // PingResult is the answer to a ping.
@@ -524,6 +522,12 @@ func (m *Manager) Path(k key.NodePublic) PathInfo {
 	}
 	return p.Path()
 }
+
+// PeerRelay writes the path by a peer relay as upstream does, "" for others.
+func (pi PathInfo) PeerRelay() string { return relayText(pi.Relay, pi.VNI) }
+
+// PeerRelay writes the peer relay by which the answer came as upstream does, "" for others.
+func (r PingResult) PeerRelay() string { return relayText(r.Addr, r.VNI) }
 
 // Path says how the peer is reached now.
 func (p *Peer) Path() PathInfo {

@@ -31,8 +31,8 @@ const (
 
 // relayList is which relays may be asked. It is immutable.
 type relayList struct {
-	peers []*Peer
-	self  bool // this node's own
+	peers []key.NodePublic // in order
+	self  bool             // this node's own
 }
 
 // shakeKey is what tells the messages of a relay about one endpoint from all others.
@@ -48,23 +48,15 @@ type ask struct {
 	at         time.Time
 }
 
-// SetPeerRelays says which peer relays this node may ask for endpoints: those of its peers with [PeerInfo.Relay], and with self its own.
-// With use false none is asked, and what peers have allocated is not used either. It does not block.
-func (m *Manager) SetPeerRelays(use, self bool) {
+// SetPeerRelays says which peers this node may ask for endpoints on the relays that they are, and with self that it may use its own.
+// With use false none is asked, and what peers have allocated is not used either. It does not block; peers is kept.
+func (m *Manager) SetPeerRelays(use, self bool, peers []key.NodePublic) {
 	if !use {
 		m.relays.Store(nil)
 		return
 	}
-	l := &relayList{self: self && m.cfg.PeerRelay != nil}
-	m.mu.RLock()
-	for _, p := range m.peers {
-		if info := p.info.Load(); info.Relay && info.Cap >= relayCap && !info.Disco.IsZero() {
-			l.peers = append(l.peers, p)
-		}
-	}
-	m.mu.RUnlock()
-	slices.SortFunc(l.peers, func(a, b *Peer) int { return a.key.Compare(b.key) })
-	m.relays.Store(l)
+	slices.SortFunc(peers, key.NodePublic.Compare)
+	m.relays.Store(&relayList{peers, self && m.cfg.PeerRelay != nil})
 }
 
 // wraps has room for a batch with its Geneve headers.
@@ -233,9 +225,16 @@ func (o *owner) askRelays(now time.Time, a *active) {
 	}
 	home := a.p.home.Load() &^ goneBit
 	for pass := range 2 { // those that are near one of the two come first
-		for _, r := range l.peers {
+		for _, k := range l.peers {
+			if n == maxAsked || len(a.asks) >= 2*maxAsked {
+				break
+			}
+			r := o.m.Peer(k)
+			if r == nil || r.info.Load().Cap < relayCap {
+				continue
+			}
 			near := r.home.Load()&^goneBit == home || o.m.isConnected(r.home.Load()&^goneBit)
-			if near != (pass == 0) || n == maxAsked || len(a.asks) >= 2*maxAsked {
+			if near != (pass == 0) {
 				continue
 			}
 			b := a
@@ -340,9 +339,9 @@ func (a *active) answered(now time.Time, relay *Peer, generation uint32) bool {
 	return false
 }
 
-// RelayText writes the path by a peer relay as upstream does.
-func RelayText(addr netip.AddrPort, vni uint32) string {
-	if !addr.IsValid() {
+// relayText writes an address at a peer relay.
+func relayText(addr netip.AddrPort, vni uint32) string {
+	if vni == 0 {
 		return ""
 	}
 	return addr.String() + ":vni:" + strconv.FormatUint(uint64(vni), 10)

@@ -61,7 +61,7 @@ func (r *prelay) Allows(key.NodePublic) bool { return !r.deny.Load() }
 func (w *internet) mayUse(r *prelay, nodes ...*inode) {
 	for _, n := range nodes {
 		info := r.info()
-		info.Cap, info.Relay = relayCap, true
+		info.Cap = relayCap
 		n.m.UpsertPeer(info)
 		info = n.info()
 		info.Cap = relayCap
@@ -71,7 +71,7 @@ func (w *internet) mayUse(r *prelay, nodes ...*inode) {
 			info.Cap = relayCap
 			n.m.UpsertPeer(info)
 		}
-		n.m.SetPeerRelays(true, false)
+		n.m.SetPeerRelays(true, false, []key.NodePublic{r.key})
 	}
 }
 
@@ -105,7 +105,7 @@ func TestPeerRelay(t *testing.T) {
 			if d := n.directAt.Sub(pi.Since); d != 0 || n.maxGap > 100*time.Millisecond {
 				t.Errorf("%v, stalled for %v", d, n.maxGap)
 			}
-			if got := RelayText(pi.Relay, pi.VNI); got[:18] != "5.5.5.5:4242:vni:"+got[17:18] {
+			if got := pi.PeerRelay(); got[:18] != "5.5.5.5:4242:vni:"+got[17:18] {
 				t.Error(got)
 			}
 		}
@@ -250,15 +250,14 @@ func TestPeerRelayPermission(t *testing.T) {
 		}
 		t.Logf("%d datagrams in two minutes, 2400 of them data", w.datagram-before)
 		r.deny.Store(false)
-		b.m.UpsertPeer(func() PeerInfo { i := r.info(); i.Cap = relayCap; return i }()) // not for b
-		b.m.SetPeerRelays(true, true)
+		b.m.SetPeerRelays(true, true, nil) // it may not ask
 		w.talk(40*time.Second, 100*time.Millisecond, a, b)
 		if !a.byPeerRelay() || !b.byPeerRelay() {
 			t.Errorf("%+v, %+v", a.m.Path(b.key), b.m.Path(a.key))
 		}
 		// Control takes it back: nothing new is asked for.
-		a.m.SetPeerRelays(false, false)
-		b.m.SetPeerRelays(false, false)
+		a.m.SetPeerRelays(false, false, nil)
+		b.m.SetPeerRelays(false, false, nil)
 		r.srv.Close()
 		r.start()
 		asked := r.asked.Load()
@@ -288,10 +287,10 @@ func TestPeerRelayIsItself(t *testing.T) {
 		info.Cap = relayCap
 		r.m.UpsertPeer(info)
 		info = r.info()
-		info.Cap = relayCap // and not Relay: it is the relay that asks
+		info.Cap = relayCap
 		a.m.UpsertPeer(info)
-		a.m.SetPeerRelays(true, false)
-		r.m.SetPeerRelays(true, true)
+		a.m.SetPeerRelays(true, false, nil) // it is the relay that asks
+		r.m.SetPeerRelays(true, true, nil)
 		w.talk(5*time.Second, 20*time.Millisecond, a, r.inode)
 		if !a.byPeerRelay() || !r.byPeerRelay() {
 			t.Errorf("%+v, %+v", a.m.Path(r.key), r.m.Path(a.key))

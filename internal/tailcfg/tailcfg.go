@@ -22,7 +22,18 @@ type CapabilityVersion int
 // CurrentCapabilityVersion is the version that this node advertises. The table in
 // docs/protocol/control.md says for every version above 100 what it asks of a node
 // and how this one answers.
-const CurrentCapabilityVersion CapabilityVersion = 119
+const CurrentCapabilityVersion CapabilityVersion = 125
+
+// What concerns peer relays.
+const (
+	// PeerCapabilityRelay lets a peer allocate endpoints on the relay that is the destination.
+	PeerCapabilityRelay PeerCapability = "tailscale.com/cap/relay"
+	// PeerCapabilityRelayTarget lets the destination allocate endpoints on the relay that the peer is.
+	PeerCapabilityRelayTarget PeerCapability = "tailscale.com/cap/relay-target"
+	// NodeAttrDisableRelayServer and NodeAttrDisableRelayClient keep a node from being a relay, and from using any.
+	NodeAttrDisableRelayServer NodeCapability = "disable-relay-server"
+	NodeAttrDisableRelayClient NodeCapability = "disable-relay-client"
+)
 
 // The identifiers that control allocates. All are positive; zero means none.
 type (
