@@ -2,8 +2,9 @@
 // where that is free.
 //
 // Batches of equal datagrams go out with one system call and come in with one where the kernel
-// has UDP_SEGMENT and UDP_GRO (Linux 4.18 and 5.0), which is found out at run time; elsewhere
-// each datagram is sent and received by itself. Nothing is allocated per packet, and the large buffer that a
+// has UDP_SEGMENT and UDP_GRO (Linux 4.18 and 5.0), which is found out at run time. Linux without them, and
+// for addresses behind a device that cannot do segmentation, still moves several datagrams with one call; elsewhere
+// each is sent and received by itself. Nothing is allocated per packet, and the large buffer that a
 // coalesced batch needs is held only while there is something to receive.
 //
 // Datagrams carry no instruction about fragments. Linux then forbids routers to make any of what fits the path as it knows it
@@ -18,9 +19,11 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -45,9 +48,11 @@ type Config struct {
 	Port uint16
 	// Listen opens a socket; nil is the system's. Networks are "udp4" and "udp6".
 	Listen func(network, address string) (PacketConn, error)
-	// Plain turns UDP_SEGMENT and UDP_GRO off.
-	Plain  bool
-	Logger *slog.Logger // nil: silent
+	// Plain has every datagram sent and received by itself.
+	Plain bool
+	// NoOffload turns UDP_SEGMENT and UDP_GRO off.
+	NoOffload bool
+	Logger    *slog.Logger // nil: silent
 }
 
 // Recv takes what one system call has received: datagrams of seg bytes each in b, but for the last, which may be
@@ -75,9 +80,47 @@ type sock struct {
 // conn is one socket between two rebinds.
 type conn struct {
 	pc  PacketConn
-	udp *net.UDPConn // nil: not the system's
+	udp *net.UDPConn    // nil: not the system's
+	raw syscall.RawConn // of udp; nil: without many
 	gso atomic.Bool
 	gro bool
+	// many says that several datagrams go and come with one call where gso and gro do not hold.
+	many bool
+	// lame are addresses behind a device that cannot do segmentation; nil: none.
+	lame atomic.Pointer[lameList]
+}
+
+// lameList is a list of addresses. It is immutable.
+type lameList []netip.Addr
+
+// maxLame is how many addresses may need sparing before segmentation is given up altogether.
+const maxLame = 32
+
+func (c *conn) isLame(a netip.Addr) bool {
+	l := c.lame.Load()
+	return l != nil && slices.Contains(*l, a)
+}
+
+// spare does without segmentation on the way to a.
+func (c *conn) spare(a netip.Addr) {
+	for {
+		old := c.lame.Load()
+		var list lameList
+		if old != nil {
+			list = *old
+		}
+		switch {
+		case slices.Contains(list, a):
+			return
+		case len(list) == maxLame:
+			c.gso.Store(false)
+			return
+		}
+		list = append(slices.Clone(list), a)
+		if c.lame.CompareAndSwap(old, &list) {
+			return
+		}
+	}
 }
 
 const (
@@ -169,7 +212,7 @@ func (s *Sockets) listen(i int, port uint16) (*conn, error) {
 	if c.udp, _ = pc.(*net.UDPConn); c.udp != nil {
 		c.udp.SetReadBuffer(bufferSize) // as much of it as the system allows
 		c.udp.SetWriteBuffer(bufferSize)
-		c.setup(s.cfg.Plain)
+		c.setup(&s.cfg)
 	}
 	return c, nil
 }
@@ -293,18 +336,22 @@ func (c *conn) send(dst netip.AddrPort, b []byte, seg int) error {
 	if seg <= 0 || seg > len(b) {
 		seg = len(b)
 	}
-	if seg < len(b) && c.gso.Load() {
+	if seg < len(b) && c.gso.Load() && !c.isLame(dst.Addr()) {
 		per := min(maxPayload/seg, maxSegments) * seg
 		for per > seg && len(b) > seg {
 			n := min(per, len(b))
 			if err := c.writeGSO(dst, b[:n], seg); err != nil {
-				if !c.gsoFailed(err) {
+				if !c.gsoFailed(err, dst.Addr()) {
 					return err
 				}
 				break // this batch by single datagrams
 			}
 			b = b[n:]
 		}
+	}
+	if seg < len(b) && c.many {
+		_, err := c.writeMany(dst, b, seg)
+		return err
 	}
 	for len(b) > 0 {
 		n := min(seg, len(b))
@@ -334,8 +381,12 @@ func (s *Sockets) MaxPayload(dst netip.AddrPort) int {
 
 // receive serves one socket until it is closed.
 func (s *Sockets) receive(i int, c *conn) {
-	if c.gro {
+	switch {
+	case c.gro:
 		s.receiveGRO(i, c)
+		return
+	case c.many:
+		s.receiveMany(i, c)
 		return
 	}
 	b := make([]byte, plainSize)

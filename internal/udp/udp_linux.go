@@ -13,7 +13,7 @@ import (
 )
 
 // setup finds out what the kernel can do.
-func (c *conn) setup(plain bool) {
+func (c *conn) setup(cfg *Config) {
 	rc, err := c.udp.SyscallConn()
 	if err != nil {
 		return
@@ -22,7 +22,13 @@ func (c *conn) setup(plain bool) {
 		// Beyond the system's limit only with CAP_NET_ADMIN.
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bufferSize)
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, bufferSize)
-		if plain {
+		if cfg.Plain {
+			return
+		}
+		// A call of none says whether there is such a call: Linux 3.0, but a sandbox may forbid it.
+		_, _, errno := syscall.Syscall6(unix.SYS_SENDMMSG, fd, 0, 0, unix.MSG_DONTWAIT, 0, 0)
+		c.raw, c.many = rc, errno != unix.ENOSYS && errno != unix.EPERM
+		if cfg.NoOffload {
 			return
 		}
 		// A kernel without UDP_SEGMENT would ignore the control message and send one huge datagram.
@@ -60,10 +66,13 @@ func linkMTU(dst netip.AddrPort) int {
 }
 
 // gsoFailed reports whether err may be the fault of UDP_SEGMENT. EIO is what a device without checksum
-// offload gives, always; the others depend on the path's MTU.
-func (c *conn) gsoFailed(err error) bool {
+// offload gives, always, and a route through IPsec; the others depend on the path's MTU.
+func (c *conn) gsoFailed(err error, dst netip.Addr) bool {
 	switch {
-	case errors.Is(err, unix.EIO), errors.Is(err, unix.ENOPROTOOPT):
+	case errors.Is(err, unix.EIO):
+		c.spare(dst)
+		return true
+	case errors.Is(err, unix.ENOPROTOOPT):
 		c.gso.Store(false)
 		return true
 	}
@@ -96,7 +105,7 @@ var groBuffers = sync.Pool{New: func() any { return new([groSize]byte) }}
 // is nothing more.
 type reader struct {
 	buf  *[groSize]byte
-	name unix.RawSockaddrInet6 // has room for the IPv4 form
+	name name
 	iov  unix.Iovec
 	hdr  unix.Msghdr
 	oob  [64]byte
@@ -112,7 +121,7 @@ func (r *reader) poll(fd uintptr) bool {
 	for {
 		r.iov.Base = &r.buf[0]
 		r.iov.SetLen(len(r.buf))
-		r.hdr = unix.Msghdr{Name: (*byte)(unsafe.Pointer(&r.name)), Namelen: uint32(unsafe.Sizeof(r.name)),
+		r.hdr = unix.Msghdr{Name: (*byte)(unsafe.Pointer(&r.name.sa)), Namelen: unix.SizeofSockaddrInet6,
 			Iov: &r.iov, Control: &r.oob[0]}
 		r.hdr.SetIovlen(1)
 		r.hdr.SetControllen(len(r.oob))
@@ -135,20 +144,6 @@ func (r *reader) poll(fd uintptr) bool {
 func (r *reader) idle() {
 	groBuffers.Put(r.buf)
 	r.buf, r.iov.Base = nil, nil
-}
-
-// src returns the address that poll filled in.
-func (r *reader) src() netip.AddrPort {
-	port := func(p *uint16) uint16 { return binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(p))[:]) }
-	if r.name.Family == unix.AF_INET {
-		a := (*unix.RawSockaddrInet4)(unsafe.Pointer(&r.name))
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), port(&a.Port))
-	}
-	a := netip.AddrFrom16(r.name.Addr)
-	if r.name.Scope_id != 0 && a.IsLinkLocalUnicast() {
-		a = a.WithZone(strconv.Itoa(int(r.name.Scope_id)))
-	}
-	return netip.AddrPortFrom(a, port(&r.name.Port))
 }
 
 // segment returns the size of the coalesced datagrams, the whole length if there is one.
@@ -202,7 +197,7 @@ func (s *Sockets) receiveGRO(i int, c *conn) {
 		}
 		bad = 0
 		if r.n > 0 {
-			s.recv(i, r.src(), r.buf[:r.n], r.segment())
+			s.recv(i, r.name.addr(), r.buf[:r.n], r.segment())
 		}
 	}
 }

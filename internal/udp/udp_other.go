@@ -30,10 +30,14 @@ func linkMTU(dst netip.AddrPort) int {
 	return 0
 }
 
-func (c *conn) setup(bool) {}
+func (c *conn) setup(*Config) {}
 
-func (c *conn) gsoFailed(error) bool { return true }
+func (c *conn) gsoFailed(error, netip.Addr) bool { return true }
 
 func (c *conn) writeGSO(netip.AddrPort, []byte, int) error { return nil }
 
+func (c *conn) writeMany(netip.AddrPort, []byte, int) (int, error) { return 0, nil }
+
 func (s *Sockets) receiveGRO(int, *conn) {}
+
+func (s *Sockets) receiveMany(int, *conn) {}

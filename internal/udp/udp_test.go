@@ -50,17 +50,23 @@ func loop(s *Sockets, v6 bool) netip.AddrPort {
 
 func TestBatches(t *testing.T) {
 	for _, tt := range []struct {
-		name        string
-		plain, fail bool
-	}{{"offload", false, false}, {"plain", true, false}, {"offload fails at run time", false, true}} {
+		name string
+		cfg  Config
+		fail bool
+	}{
+		{"offload", Config{}, false},
+		{"plain", Config{Plain: true}, false},
+		{"many at a time", Config{NoOffload: true}, false},
+		{"offload fails at run time", Config{}, true},
+	} {
 		for _, v6 := range []bool{false, true} {
 			name := tt.name + " IPv4"
 			if v6 {
 				name = tt.name + " IPv6"
 			}
 			t.Run(name, func(t *testing.T) {
-				a, _ := start(t, Config{Plain: tt.plain})
-				b, in := start(t, Config{Plain: tt.plain})
+				a, _ := start(t, tt.cfg)
+				b, in := start(t, tt.cfg)
 				dst := loop(b, v6)
 				if dst.Port() == 0 {
 					t.Skip("this host has no such address family")
@@ -68,14 +74,14 @@ func TestBatches(t *testing.T) {
 				if tt.fail {
 					for i := range a.socks {
 						if c := a.socks[i].conn.Load(); c != nil {
-							c.gsoFailed(errIO)
+							c.gsoFailed(errIO, dst.Addr())
 						}
 					}
 				}
 				for _, sizes := range []struct{ total, seg int }{
 					{1, 1}, {1312, 1312}, {1312 * 2, 1312}, {1312*40 + 1, 1312}, {1312*49 + 700, 1312}, {100 * 130, 100}, {3000, 0}, {3000, 9000}, {60000, 40000},
 				} {
-					if sizes.seg > plainSize && tt.plain {
+					if sizes.seg > plainSize && (tt.cfg.Plain || tt.cfg.NoOffload) {
 						continue
 					}
 					want := make([]byte, sizes.total)
@@ -169,13 +175,13 @@ func TestOneFamily(t *testing.T) {
 }
 
 func TestAllocations(t *testing.T) {
-	for _, plain := range []bool{false, true} {
-		a, err := Open(Config{Plain: plain})
+	for _, cfg := range []Config{{}, {NoOffload: true}, {Plain: true}} {
+		a, err := Open(cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer a.Close()
-		b, err := Open(Config{Plain: plain})
+		b, err := Open(cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -193,24 +199,59 @@ func TestAllocations(t *testing.T) {
 			a.Send(dst, msg, 1312)
 			<-arrived
 		}); n > 0.1 {
-			t.Errorf("plain %v: %v allocations for 20 packets", plain, n)
+			t.Errorf("%+v: %v allocations for 20 packets", cfg, n)
 		}
 	}
 }
 
+// TestLame: a device that cannot do segmentation spoils it for those behind it alone, unless there are many.
+func TestLame(t *testing.T) {
+	var c conn
+	c.gso.Store(true)
+	addr := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}) }
+	for range 3 {
+		c.gsoFailed(errIO, addr(1))
+	}
+	if !c.isLame(addr(1)) || c.isLame(addr(2)) || !c.gso.Load() {
+		t.Error("not the one address")
+	}
+	for i := range maxLame {
+		c.gsoFailed(errIO, addr(i+2))
+	}
+	if c.gso.Load() || len(*c.lame.Load()) != maxLame {
+		t.Errorf("%d addresses are spared", len(*c.lame.Load()))
+	}
+}
+
+// TestMaxPayload: the loopback interface carries what it says.
+func TestMaxPayload(t *testing.T) {
+	s, in := start(t, Config{})
+	dst := loop(s, false)
+	n := s.MaxPayload(dst)
+	if n < 1472 {
+		t.Fatalf("%d bytes to %v", n, dst)
+	}
+	if err := s.Send(dst, make([]byte, min(n, plainSize)), 0); err != nil {
+		t.Fatal(err)
+	}
+	if g := <-in; len(g.b) != min(n, plainSize) {
+		t.Errorf("%d bytes arrived", len(g.b))
+	}
+	s.Close()
+	if n := s.MaxPayload(dst); n != 0 {
+		t.Errorf("%d bytes by no socket", n)
+	}
+}
+
 func BenchmarkLoopback(b *testing.B) {
-	for _, plain := range []bool{false, true} {
-		name := "offload"
-		if plain {
-			name = "plain"
-		}
+	for name, cfg := range map[string]Config{"offload": {}, "many": {NoOffload: true}, "plain": {Plain: true}} {
 		b.Run(name, func(b *testing.B) {
-			x, err := Open(Config{Plain: plain})
+			x, err := Open(cfg)
 			if err != nil {
 				b.Fatal(err)
 			}
 			defer x.Close()
-			y, err := Open(Config{Plain: plain})
+			y, err := Open(cfg)
 			if err != nil {
 				b.Fatal(err)
 			}
