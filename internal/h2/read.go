@@ -295,9 +295,8 @@ func (c *Conn) reset(f *frame) error {
 	}
 	if !s.ended { // else it says only that the rest of the request is not wanted
 		if s.err == nil {
-			s.err = &ResetError{code}
+			s.err = &ResetError{code} // after what came before it is read
 		}
-		c.drop(s)
 	}
 	c.remove(s)
 	s.poke()

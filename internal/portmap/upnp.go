@@ -8,12 +8,13 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net/http"
 	"net/netip"
 	"sort"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/tailnode/tailnode/internal/http1"
 )
 
 const (
@@ -53,7 +54,7 @@ func (c *Client) exchange(ctx context.Context, at netip.AddrPort, req []byte) (s
 	if _, err := conn.Write(req); err != nil {
 		return 0, nil, err
 	}
-	resp, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxBody)), nil)
+	resp, err := http1.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxBody)), "GET")
 	if err != nil {
 		return 0, nil, err
 	}
@@ -61,7 +62,7 @@ func (c *Client) exchange(ctx context.Context, at netip.AddrPort, req []byte) (s
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) { // some do not count well
 		return 0, nil, err
 	}
-	return resp.StatusCode, body, nil
+	return resp.Status, body, nil
 }
 
 // describe fetches the description at u from the router and returns its services, those first that say that they are connected.
@@ -71,7 +72,7 @@ func (c *Client) describe(ctx context.Context, gw netip.Addr, u location) ([]ser
 	if err != nil {
 		return nil, err
 	}
-	if status != http.StatusOK {
+	if status != 200 {
 		return nil, fmt.Errorf("%w: HTTP status %d", ErrNoService, status)
 	}
 	services := parseDescription(body, at, u.path)
@@ -106,7 +107,7 @@ func (c *Client) call(ctx context.Context, s service, action string, args ...str
 	if err != nil {
 		return nil, err
 	}
-	if status != http.StatusOK {
+	if status != 200 {
 		if code, ok := element(body, "errorCode"); ok {
 			if n, err := strconv.Atoi(code); err == nil {
 				return nil, fmt.Errorf("portmap: %s: %w", action, upnpError(n))
