@@ -34,6 +34,7 @@ type NodeConfig struct {
 	AuthKey    string
 	Ephemeral  bool
 	Logf       func(format string, args ...any) // nil is silent
+	PeerRelay  *uint16                          // if not nil, relay for others on that port
 }
 
 // NodeMaker makes a node that has not been started.
@@ -63,6 +64,8 @@ type Peer struct {
 	Online bool
 	Direct string // address and port in use; "": its traffic takes a relay
 	Relay  string // code of its home relay
+
+	PeerRelay string // the peer relay in use, "address:port:vni:number"
 }
 
 // Control is a coordination server on loopback.

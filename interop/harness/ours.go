@@ -25,7 +25,7 @@ func OurNode(c NodeConfig) (Node, error) {
 	}
 	return &ourNode{&tailnode.Server{
 		Dir: c.Dir, Hostname: c.Hostname, ControlURL: c.ControlURL, AuthKey: c.AuthKey, Ephemeral: c.Ephemeral,
-		Logf: logf, UserLogf: logf,
+		Logf: logf, UserLogf: logf, RelayServerPort: c.PeerRelay,
 	}}, nil
 }
 
@@ -79,7 +79,7 @@ func (n *ourNode) Status(ctx context.Context) (Status, error) {
 	}
 	for _, p := range st.Peer {
 		out.Peers[firstLabel(p.DNSName)] = Peer{
-			Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online, Direct: p.CurAddr, Relay: p.Relay,
+			Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online, Direct: p.CurAddr, Relay: p.Relay, PeerRelay: p.PeerRelay,
 		}
 	}
 	return out, nil

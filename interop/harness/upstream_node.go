@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"tailscale.com/envknob"
+	_ "tailscale.com/feature/relayserver" // tsnet has no peer relay of its own
+	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/net/netns"
 	"tailscale.com/tsnet"
@@ -28,7 +30,8 @@ func init() {
 }
 
 type upstreamNode struct {
-	srv *tsnet.Server
+	srv       *tsnet.Server
+	peerRelay *uint16
 }
 
 // UpstreamNode makes a node of upstream's tsnet.
@@ -37,14 +40,21 @@ func UpstreamNode(c NodeConfig) (Node, error) {
 	if logf == nil {
 		logf = discard
 	}
-	return &upstreamNode{srv: &tsnet.Server{
+	return &upstreamNode{peerRelay: c.PeerRelay, srv: &tsnet.Server{
 		Dir: c.Dir, Hostname: c.Hostname, ControlURL: c.ControlURL, AuthKey: c.AuthKey, Ephemeral: c.Ephemeral,
 		Logf: logf, UserLogf: logf,
 	}}, nil
 }
 
 func (n *upstreamNode) Up(ctx context.Context) error {
-	_, err := n.srv.Up(ctx)
+	if _, err := n.srv.Up(ctx); err != nil || n.peerRelay == nil {
+		return err
+	}
+	lc, err := n.srv.LocalClient()
+	if err != nil {
+		return err
+	}
+	_, err = lc.EditPrefs(ctx, &ipn.MaskedPrefs{RelayServerPortSet: true, Prefs: ipn.Prefs{RelayServerPort: n.peerRelay}})
 	return err
 }
 
@@ -99,7 +109,7 @@ func (n *upstreamNode) Status(ctx context.Context) (Status, error) {
 
 func upstreamPeer(p *ipnstate.PeerStatus) Peer {
 	return Peer{
-		Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online, Direct: p.CurAddr, Relay: p.Relay,
+		Name: p.DNSName, Key: p.PublicKey.String(), Addrs: p.TailscaleIPs, Online: p.Online, Direct: p.CurAddr, Relay: p.Relay, PeerRelay: p.PeerRelay,
 	}
 }
 

@@ -49,17 +49,26 @@ type (
 		Addr, URL string
 		Relays    []relayInfo
 	}
-	upArgs   struct{ Hostname, Control, AuthKey, Dir string }
-	upResult struct{ IP4, IP6 string }
+	upArgs struct {
+		Hostname, Control, AuthKey, Dir string
+		PeerRelay                       *uint16
+	}
+	// grantArgs lets the nodes of Src use the peer relay that Dst is.
+	grantArgs struct{ Src, Dst []string }
+	upResult  struct{ IP4, IP6 string }
 	// peerPath is how a node reaches a peer: directly at Addr, or by a relay if that is empty.
 	peerPath struct {
 		Addr   string
 		Relay  string
 		Online bool
+
+		PeerRelay string // by that, if not empty
 	}
 	probeArgs struct {
 		IP   string
 		Wait time.Duration // for a direct path
+
+		PeerRelay bool // not for that, but for one by a peer relay
 	}
 	probeResult struct {
 		Began  time.Time     // the dial
@@ -181,6 +190,8 @@ func (c *child) do(ctx context.Context, r request) (any, error) {
 		return with(r, func(a coordArgs) (any, error) { return nil, c.startCoord(ctx, a) })
 	case "authkey":
 		return c.coord.CreateAuthKey(coord.AuthKeyOptions{})
+	case "grant":
+		return with(r, func(a []grantArgs) (any, error) { return nil, c.grant(a) })
 	case "up":
 		return with(r, func(a upArgs) (any, error) { return c.up(ctx, a) })
 	case "path":
@@ -252,12 +263,21 @@ func (c *child) startCoord(ctx context.Context, a coordArgs) error {
 	return c.coord.Start(ctx)
 }
 
+// grant replaces the grants; everybody may reach everybody.
+func (c *child) grant(grants []grantArgs) error {
+	f := &coord.Filter{Rules: []coord.FilterRule{{Src: []string{"*"}, Dst: []string{"*"}}}}
+	for _, g := range grants {
+		f.Grants = append(f.Grants, coord.Grant{Src: g.Src, Dst: g.Dst, Caps: map[string][]json.RawMessage{coord.CapRelay: nil}})
+	}
+	return c.coord.SetFilter(f)
+}
+
 func (c *child) up(ctx context.Context, a upArgs) (any, error) {
 	mk := harness.OurNode
 	if c.who == "upstream" {
 		mk = harness.UpstreamNode
 	}
-	n, err := mk(harness.NodeConfig{Hostname: a.Hostname, ControlURL: a.Control, AuthKey: a.AuthKey, Dir: a.Dir, Logf: c.logf})
+	n, err := mk(harness.NodeConfig{Hostname: a.Hostname, ControlURL: a.Control, AuthKey: a.AuthKey, Dir: a.Dir, Logf: c.logf, PeerRelay: a.PeerRelay})
 	if err != nil {
 		return nil, err
 	}
@@ -292,7 +312,7 @@ func (c *child) path(ctx context.Context, ip string) (peerPath, error) {
 	for _, p := range st.Peers {
 		for _, a := range p.Addrs {
 			if a.String() == ip {
-				return peerPath{p.Direct, p.Relay, p.Online}, nil
+				return peerPath{p.Direct, p.Relay, p.Online, p.PeerRelay}, nil
 			}
 		}
 	}
@@ -391,7 +411,7 @@ func (c *child) await(ctx context.Context, a probeArgs) (r probeResult, err erro
 			return r, err
 		}
 		now := time.Now()
-		if r.Path.Addr != "" {
+		if !a.PeerRelay && r.Path.Addr != "" || a.PeerRelay && r.Path.PeerRelay != "" {
 			r.Direct = now
 			return r, nil
 		}

@@ -134,7 +134,7 @@ func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver st
 	awaitDirect := func() error {
 		for _, p := range [][2]*proc{{a, b}, {b, a}} {
 			var r probeResult
-			if err := p[0].call(ctx, "await", probeArgs{p[1].up.IP4, backWithin}, &r); err != nil {
+			if err := p[0].call(ctx, "await", probeArgs{IP: p[1].up.IP4, Wait: backWithin}, &r); err != nil {
 				return err
 			}
 			if r.Direct.IsZero() {

@@ -329,6 +329,11 @@ func (s *site) host() string {
 
 // node starts a node, "ours" or "upstream", on a host and waits until it is up.
 func (l *lab) node(ctx context.Context, s *site, who, hostname string) (*proc, error) {
+	return l.startNode(ctx, s, who, upArgs{Hostname: hostname})
+}
+
+// startNode is node with more to say of it.
+func (l *lab) startNode(ctx context.Context, s *site, who string, a upArgs) (*proc, error) {
 	host := s.host()
 	var k string
 	if err := l.coord.call(ctx, "authkey", nil, &k); err != nil {
@@ -339,10 +344,11 @@ func (l *lab) node(ctx context.Context, s *site, who, hostname string) (*proc, e
 		control = "[" + serverIP6(coordSite) + "]"
 	}
 	p := startChild(l.t, l.ns(host), who)
-	p.host, p.site, p.name = host, s, hostname
-	err := p.call(ctx, "up", upArgs{Hostname: hostname, Control: fmt.Sprintf("http://%s:%d", control, coordPort), AuthKey: k, Dir: l.t.TempDir()}, &p.up)
+	p.host, p.site, p.name = host, s, a.Hostname
+	a.Control, a.AuthKey, a.Dir = fmt.Sprintf("http://%s:%d", control, coordPort), k, l.t.TempDir()
+	err := p.call(ctx, "up", a, &p.up)
 	if err != nil {
-		return nil, fmt.Errorf("%s (%s): %w", hostname, s.kind.name, err)
+		return nil, fmt.Errorf("%s (%s): %w", a.Hostname, s.kind.name, err)
 	}
 	return p, nil
 }

@@ -81,7 +81,7 @@ func mtuPair(ctx context.Context, t *testing.T, name string, sender, receiver st
 		t.Fatal(err)
 	}
 	var r probeResult
-	if err := a.call(ctx, "probe", probeArgs{b.up.IP4, backWithin}, &r); err != nil {
+	if err := a.call(ctx, "probe", probeArgs{IP: b.up.IP4, Wait: backWithin}, &r); err != nil {
 		t.Fatal(err)
 	}
 	if r.Direct.IsZero() {

@@ -200,8 +200,8 @@ func checkPair(ctx context.Context, dialer, listener *proc) (result, error) {
 	}
 	var back probeResult
 	backDone := make(chan error, 1)
-	go func() { backDone <- listener.call(ctx, "await", probeArgs{dialer.up.IP4, wait}, &back) }()
-	if err := dialer.call(ctx, "probe", probeArgs{listener.up.IP4, wait}, &r.probe); err != nil {
+	go func() { backDone <- listener.call(ctx, "await", probeArgs{IP: dialer.up.IP4, Wait: wait}, &back) }()
+	if err := dialer.call(ctx, "probe", probeArgs{IP: listener.up.IP4, Wait: wait}, &r.probe); err != nil {
 		return r, err
 	}
 	if err := <-backDone; err != nil {
