@@ -76,8 +76,8 @@ fn from_source(core: bool) {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("CARGO_MANIFEST_DIR"));
     let root = match var("TAILNODE_SRC") {
         Some(p) => PathBuf::from(p),
-        // The published crate carries the source; a checkout has it two levels up.
-        None => [here.join("source"), here.join("../..")]
+        // A checkout has the source two levels up; the published crate carries it.
+        None => [here.join("../.."), here.join("source")]
             .into_iter()
             .find(|p| p.join("cabi/include/tailnode.h").exists())
             .unwrap_or_else(|| here.join("source")),
@@ -86,7 +86,7 @@ fn from_source(core: bool) {
     if !cabi.join("include/tailnode.h").exists() {
         fail(&format!("no libtailnode was found, and its source is not in {} (TAILNODE_SRC).\n{WAYS}", root.display()));
     }
-    for p in ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "internal", "go.mod"] {
+    for p in ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "cabi/signals.c", "internal", "go.mod"] {
         println!("cargo:rerun-if-changed={}", root.join(p).display());
     }
     for e in std::fs::read_dir(&root).into_iter().flatten().flatten() {
@@ -94,6 +94,7 @@ fn from_source(core: bool) {
             println!("cargo:rerun-if-changed={}", e.path().display());
         }
     }
+    let go = core.then(find_go); // what is missing is told before anything is built
     let mut sources: Vec<PathBuf> = std::fs::read_dir(cabi.join("src"))
         .unwrap_or_else(|e| fail(&format!("{}: {e}", cabi.join("src").display())))
         .filter_map(|e| Some(e.ok()?.path()))
@@ -103,19 +104,24 @@ fn from_source(core: bool) {
     let mut cc = cc::Build::new();
     cc.files(sources).std("gnu11").flag("-fvisibility=hidden").flag("-pthread").cargo_metadata(false);
     cc.compile("tailnode");
-    if core {
-        build_core(&cabi, &out, &cc);
+    if let Some(go) = go {
+        build_core(&go, &cabi, &out, &cc);
     }
     link_static(&out, core);
 }
 
-fn build_core(cabi: &Path, out: &Path, cc: &cc::Build) {
+/// The Go command.
+fn find_go() -> OsString {
     let go = var("GO").unwrap_or_else(|| "go".into());
     if !Command::new(&go).arg("version").output().is_ok_and(|o| o.status.success()) {
         fail(&format!(
             "no libtailnode was found, and Go, which builds it, is not installed (it was looked for as $GO, then `go`).\n{WAYS}"
         ));
     }
+    go
+}
+
+fn build_core(go: &OsString, cabi: &Path, out: &Path, cc: &cc::Build) {
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     let goarch = match arch.as_str() {
         "x86_64" => "amd64",
@@ -126,9 +132,16 @@ fn build_core(cabi: &Path, out: &Path, cc: &cc::Build) {
         _ => fail(&format!("the Go core is not built for {arch} here; build it and set TAILNODE_LIB_DIR.")),
     };
     let lib = out.join("libtailnode-core.a");
-    let status = Command::new(&go)
+    let status = Command::new(go)
         // As in cabi/Makefile, so that it is the same core: goroutines are not preempted by SIGURG in a host's process.
-        .args(["build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -X runtime.godebugDefault=asyncpreemptoff=1", "-buildmode=c-archive", "-o"])
+        .args([
+            "build",
+            "-trimpath",
+            "-buildvcs=false",
+            "-ldflags=-s -w -X runtime.godebugDefault=asyncpreemptoff=1",
+            "-buildmode=c-archive",
+            "-o",
+        ])
         .arg(&lib)
         .arg(".")
         .current_dir(cabi)

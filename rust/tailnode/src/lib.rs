@@ -26,6 +26,11 @@
 //! C. Calls that wait ([`Node::dial`], [`Node::up`], ...) wait by descriptor as well, and are cancelled by dropping
 //! their future. Nothing uses Tokio's blocking pool, and no `Drop` waits.
 //!
+//! # HTTP and gRPC
+//!
+//! With the feature `axum08` a [`TcpListener`] is what `axum::serve` takes; with `hyper1` there is a connector for hyper's and tonic's clients; with `tonic014`
+//! tonic's server takes [`TcpListener::into_incoming`]. The crate's examples show each.
+//!
 //! # Errors
 //!
 //! Calls on a [`Node`] give an [`Error`], whose [`ErrorKind`] has the codes of the C library; sockets give [`std::io::Error`], as in `tokio::net`.
@@ -36,7 +41,10 @@
 //! In the child of a fork without exec every call gives [`ErrorKind::Forked`]. `std::process::Command` is safe at any time.
 #![warn(rustdoc::broken_intra_doc_links)]
 
+pub mod blocking;
 mod error;
+#[cfg(any(feature = "axum08", feature = "hyper1", feature = "tonic014"))]
+pub mod http;
 pub mod net;
 mod node;
 mod op;
@@ -47,5 +55,5 @@ mod watch;
 pub use error::{Error, ErrorKind, Result};
 pub use net::{TcpListener, TcpStream, UdpSocket};
 pub use node::{Builder, LogLevel, Node};
-pub use types::{CapMap, Hostinfo, NodeInfo, PeerStatus, PingResult, PingType, Status, TailnetStatus, UserProfile, WhoIs};
+pub use types::{CapMap, Hostinfo, Loopback, NodeInfo, PeerStatus, PingResult, PingType, Status, TailnetStatus, UserProfile, WhoIs};
 pub use watch::{Event, State, Watch};

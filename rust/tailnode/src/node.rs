@@ -1,4 +1,4 @@
-use std::ffi::{c_int, CString};
+use std::ffi::{c_int, CStr, CString};
 use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use tailnode_sys as sys;
 
-use crate::error::{Error, ErrorKind, Raw, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::net::{TcpListener, TcpStream, UdpSocket};
-use crate::op::{self, c_string, Outcome};
-use crate::types::{PingResult, PingType, Status, WhoIs};
+use crate::op::{self, c_string, Op, Outcome};
+use crate::types::{Loopback, PingResult, PingType, Status, WhoIs};
 use crate::watch::Watch;
 
 /// The least severe lines that a node logs.
@@ -157,7 +157,7 @@ impl Builder {
     }
 
     /// Makes the node and waits until it is on the tailnet. The first node of a process starts the Go runtime, on
-    /// a thread that is made for it.
+    /// a thread of the library that lives for that time.
     ///
     /// # Errors
     ///
@@ -184,10 +184,36 @@ impl Builder {
     ///
     /// Dropping the future closes the node.
     pub async fn start(self) -> Result<Node> {
-        op::on_thread(move || self.make()).await
+        let (node, op) = self.make()?;
+        op.done().await?;
+        Ok(node)
     }
 
-    fn make(self) -> Result<Node> {
+    /// [`up`](Builder::up) for threads that may be blocked.
+    ///
+    /// # Errors
+    ///
+    /// As [`up`](Builder::up).
+    pub fn up_blocking(self) -> Result<crate::blocking::Node> {
+        let limit = self.up_timeout;
+        let node = self.start_blocking()?;
+        node.up(limit)?;
+        Ok(node)
+    }
+
+    /// [`start`](Builder::start) for threads that may be blocked: it waits for the Go runtime, not for the network.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Builder::start).
+    pub fn start_blocking(self) -> Result<crate::blocking::Node> {
+        let (node, op) = self.make()?;
+        op.done_blocking()?;
+        Ok(node.into())
+    }
+
+    /// The node, and the operation that starts its core; it waits for nothing.
+    fn make(self) -> Result<(Node, Op)> {
         sys::use_linked_core();
         let mut text: [Option<CString>; 7] = Default::default();
         for (i, t) in self.text.into_iter().enumerate() {
@@ -221,11 +247,9 @@ impl Builder {
             max_procs: self.max_procs,
         };
         let mut node = sys::tailnode_node { id: 0 };
-        let mut err = Raw::new();
         // Safety: the library copies what the options point to, which lives until after the call.
-        let code = unsafe { sys::tailnode_new(&options, &mut node, err.as_mut()) };
-        err.check(code)?;
-        Ok(Node(Arc::new(Handle(node))))
+        let op = Op::start(|op, err| unsafe { sys::tailnode_new_start(&options, &mut node, op, err) })?;
+        Ok((Node(Arc::new(Handle(node))), op))
     }
 }
 
@@ -237,14 +261,29 @@ impl fmt::Debug for Builder {
 
 struct Handle(sys::tailnode_node);
 
+/// Begins to close a node, without waiting.
+fn begin_close(node: sys::tailnode_node) -> c_int {
+    let mut op = sys::tailnode_op { id: 0 };
+    // Safety: a handle that is closed gives a code. Giving the operation up does not stop the closing.
+    unsafe {
+        let code = sys::tailnode_close_start(node, &mut op, std::ptr::null_mut());
+        if code == sys::TAILNODE_OK {
+            sys::tailnode_op_cancel(op);
+        }
+        code
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
-        let mut op = sys::tailnode_op { id: 0 };
-        // Safety: a handle that is closed gives a code. Giving the operation up does not stop the closing.
-        unsafe {
-            if sys::tailnode_close_start(self.0, &mut op, std::ptr::null_mut()) == sys::TAILNODE_OK {
-                sys::tailnode_op_cancel(op);
-            }
+        let node = self.0;
+        if begin_close(node) == sys::TAILNODE_EXHAUSTED {
+            // No descriptor is left to carry the request, or the core is flooded: somebody else waits until that is over.
+            let _ = std::thread::Builder::new().name("tailnode-close".into()).spawn(move || {
+                while begin_close(node) == sys::TAILNODE_EXHAUSTED {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            });
         }
     }
 }
@@ -259,8 +298,75 @@ impl Drop for Handle {
 #[derive(Clone)]
 pub struct Node(Arc<Handle>);
 
-fn millis(limit: Option<Duration>) -> i64 {
-    limit.map_or(sys::TAILNODE_FOREVER, |d| i64::try_from(d.as_millis()).unwrap_or(sys::TAILNODE_FOREVER))
+pub(crate) fn millis(limit: Option<Duration>) -> i64 {
+    // What is not zero does not become zero, which asks without waiting.
+    limit.map_or(sys::TAILNODE_FOREVER, |d| i64::try_from(d.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX))
+}
+
+type OpPtr = *mut sys::tailnode_op;
+type ErrPtr = *mut sys::tailnode_error;
+
+/// How each call is started, for both [`op::run`] and [`op::run_blocking`].
+///
+/// Safety of all of them: the library checks the handle, copies the strings, and writes to op and err during the call only.
+#[derive(Clone, Copy)]
+pub(crate) struct Calls(pub(crate) sys::tailnode_node);
+
+impl Calls {
+    pub(crate) fn up(self, limit: Option<Duration>) -> impl Fn(OpPtr, ErrPtr) -> c_int {
+        move |op, err| unsafe { sys::tailnode_up_start(self.0, millis(limit), op, err) }
+    }
+
+    pub(crate) fn close(self) -> impl Fn(OpPtr, ErrPtr) -> c_int {
+        move |op, err| unsafe { sys::tailnode_close_start(self.0, op, err) }
+    }
+
+    pub(crate) fn status(self, peers: bool) -> impl Fn(OpPtr, ErrPtr) -> c_int {
+        move |op, err| unsafe { sys::tailnode_status_start(self.0, peers.into(), op, err) }
+    }
+
+    pub(crate) fn addresses(self) -> impl Fn(OpPtr, ErrPtr) -> c_int {
+        move |op, err| unsafe { sys::tailnode_addresses_start(self.0, op, err) }
+    }
+
+    pub(crate) fn whois(self, addr: impl Display) -> Result<impl Fn(OpPtr, ErrPtr) -> c_int> {
+        let addr = c_string("the address", addr.to_string())?;
+        Ok(move |op, err| unsafe { sys::tailnode_whois_start(self.0, addr.as_ptr(), sys::TAILNODE_FOREVER, op, err) })
+    }
+
+    pub(crate) fn ping(self, ip: IpAddr, kind: PingType, limit: Option<Duration>) -> Result<impl Fn(OpPtr, ErrPtr) -> c_int> {
+        let ip = c_string("the address", ip.to_string())?;
+        Ok(move |op, err| unsafe { sys::tailnode_ping_start(self.0, ip.as_ptr(), kind.as_c().as_ptr(), millis(limit), op, err) })
+    }
+
+    pub(crate) fn dial(
+        self,
+        network: &'static CStr,
+        addr: impl Display,
+        flags: u32,
+        limit: Option<Duration>,
+    ) -> Result<impl Fn(OpPtr, ErrPtr) -> c_int> {
+        let addr = c_string("the address", addr.to_string())?;
+        Ok(move |op, err| unsafe { sys::tailnode_dial_start(self.0, network.as_ptr(), addr.as_ptr(), flags, millis(limit), op, err) })
+    }
+
+    pub(crate) fn listen(self, addr: impl Display, flags: u32) -> Result<impl Fn(OpPtr, ErrPtr) -> c_int> {
+        let addr = c_string("the address", addr.to_string())?;
+        Ok(move |op, err| unsafe { sys::tailnode_listen_start(self.0, c"tcp".as_ptr(), addr.as_ptr(), flags, op, err) })
+    }
+
+    pub(crate) fn listen_udp(self, addr: impl Display, flags: u32) -> Result<impl Fn(OpPtr, ErrPtr) -> c_int> {
+        let addr = c_string("the address", addr.to_string())?;
+        Ok(move |op, err| unsafe { sys::tailnode_listen_packet_start(self.0, c"udp".as_ptr(), addr.as_ptr(), flags, op, err) })
+    }
+
+    pub(crate) fn loopback(self) -> impl Fn(OpPtr, ErrPtr) -> c_int {
+        move |op, err| unsafe { sys::tailnode_loopback_start(self.0, op, err) }
+    }
+
+    pub(crate) fn watch(self, flags: u32) -> impl Fn(OpPtr, ErrPtr) -> c_int {
+        move |op, err| unsafe { sys::tailnode_watch_start(self.0, flags, op, err) }
+    }
 }
 
 impl Node {
@@ -283,6 +389,10 @@ impl Node {
         self.0 .0
     }
 
+    pub(crate) fn calls(&self) -> Calls {
+        Calls(self.raw())
+    }
+
     /// Waits until the node is on the tailnet, at most `limit`. A time-out does not stop the node.
     ///
     /// # Errors
@@ -293,9 +403,7 @@ impl Node {
     ///
     /// This method is cancel safe: the node goes on connecting.
     pub async fn up(&self, limit: Option<Duration>) -> Result<()> {
-        let node = self.raw();
-        // Safety (of this and what follows): the library checks the handle, and writes to op and err during the call only.
-        op::run(|op, err| unsafe { sys::tailnode_up_start(node, millis(limit), op, err) }).await.map(drop)
+        op::run(self.calls().up(limit)).await.map(drop)
     }
 
     /// Takes the node off the tailnet and waits until nothing of it runs any more. Its waiting calls, its listeners and its connections end.
@@ -308,8 +416,7 @@ impl Node {
     ///
     /// Once polled, the node closes, whether the future is dropped or not.
     pub async fn close(&self) -> Result<()> {
-        let node = self.raw();
-        op::run(|op, err| unsafe { sys::tailnode_close_start(node, op, err) }).await.map(drop)
+        op::run(self.calls().close()).await.map(drop)
     }
 
     /// The node's state and, if `peers`, all of its peers.
@@ -322,12 +429,7 @@ impl Node {
     ///
     /// This method is cancel safe.
     pub async fn status(&self, peers: bool) -> Result<Status> {
-        self.status_json(peers).await?.json()
-    }
-
-    async fn status_json(&self, peers: bool) -> Result<Outcome> {
-        let node = self.raw();
-        op::run(|op, err| unsafe { sys::tailnode_status_start(node, peers.into(), op, err) }).await
+        op::run(self.calls().status(peers)).await?.json()
     }
 
     /// The node's addresses on the tailnet; `None` before it has any.
@@ -340,11 +442,7 @@ impl Node {
     ///
     /// This method is cancel safe.
     pub async fn addresses(&self) -> Result<(Option<Ipv4Addr>, Option<Ipv6Addr>)> {
-        let node = self.raw();
-        let got = op::run(|op, err| unsafe { sys::tailnode_addresses_start(node, op, err) }).await?;
-        let v4 = got.local.and_then(|a| if let IpAddr::V4(ip) = a.ip() { Some(ip) } else { None });
-        let v6 = got.remote.and_then(|a| if let IpAddr::V6(ip) = a.ip() { Some(ip) } else { None });
-        Ok((v4, v6))
+        Ok(both_addresses(&op::run(self.calls().addresses()).await?))
     }
 
     /// Who has an address: an `IpAddr`, or the `SocketAddr` of a connection's peer.
@@ -357,8 +455,7 @@ impl Node {
     ///
     /// This method is cancel safe.
     pub async fn whois(&self, addr: impl Display) -> Result<WhoIs> {
-        let (node, addr) = (self.raw(), c_string("the address", addr.to_string())?);
-        op::run(move |op, err| unsafe { sys::tailnode_whois_start(node, addr.as_ptr(), sys::TAILNODE_FOREVER, op, err) }).await?.json()
+        op::run(self.calls().whois(addr)?).await?.json()
     }
 
     /// Pings the node that has an address, and waits for its answer as long as it takes.
@@ -371,10 +468,7 @@ impl Node {
     ///
     /// This method is cancel safe: dropping the future ends the ping.
     pub async fn ping(&self, ip: IpAddr, kind: PingType) -> Result<PingResult> {
-        let (node, ip) = (self.raw(), c_string("the address", ip.to_string())?);
-        op::run(move |op, err| unsafe { sys::tailnode_ping_start(node, ip.as_ptr(), kind.as_c().as_ptr(), sys::TAILNODE_FOREVER, op, err) })
-            .await?
-            .json()
+        op::run(self.calls().ping(ip, kind, None)?).await?.json()
     }
 
     /// Listens for TCP connections on an address such as `":80"`, or a `SocketAddr`; port 0 chooses one.
@@ -387,7 +481,7 @@ impl Node {
     ///
     /// This method is cancel safe: dropping the future leaves no listener.
     pub async fn listen(&self, addr: impl Display) -> Result<TcpListener> {
-        let mut got = self.socket(sys::tailnode_listen_start, c"tcp", addr).await?;
+        let mut got = op::run(self.calls().listen(addr, sys::TAILNODE_NONBLOCK)?).await?;
         TcpListener::new(got.fd()?, address(got.local)?)
     }
 
@@ -402,7 +496,7 @@ impl Node {
     ///
     /// This method is cancel safe: dropping the future gives the connection up, wherever it is.
     pub async fn dial(&self, addr: impl Display) -> Result<TcpStream> {
-        let mut got = self.socket(dial_start, c"tcp", addr).await?;
+        let mut got = op::run(self.calls().dial(c"tcp", addr, sys::TAILNODE_NONBLOCK, None)?).await?;
         TcpStream::new(got.fd()?, address(got.local)?, address(got.remote)?).map_err(|e| Error::from_io("dial", e))
     }
 
@@ -416,7 +510,7 @@ impl Node {
     ///
     /// This method is cancel safe: dropping the future leaves no socket.
     pub async fn listen_udp(&self, addr: impl Display) -> Result<UdpSocket> {
-        let mut got = self.socket(sys::tailnode_listen_packet_start, c"udp", addr).await?;
+        let mut got = op::run(self.calls().listen_udp(addr, sys::TAILNODE_NONBLOCK)?).await?;
         UdpSocket::new(got.fd()?, address(got.local)?, None)
     }
 
@@ -430,13 +524,22 @@ impl Node {
     ///
     /// This method is cancel safe: dropping the future leaves no socket.
     pub async fn dial_udp(&self, addr: impl Display) -> Result<UdpSocket> {
-        let mut got = self.socket(dial_start, c"udp", addr).await?;
+        let mut got = op::run(self.calls().dial(c"udp", addr, sys::TAILNODE_NONBLOCK, None)?).await?;
         UdpSocket::new(got.fd()?, address(got.local)?, Some(address(got.remote)?))
     }
 
-    async fn socket(&self, start: SocketStart, network: &'static std::ffi::CStr, addr: impl Display) -> Result<Outcome> {
-        let (node, addr) = (self.raw(), c_string("the address", addr.to_string())?);
-        op::run(move |op, err| unsafe { start(node, network.as_ptr(), addr.as_ptr(), sys::TAILNODE_NONBLOCK, op, err) }).await
+    /// Serves SOCKS5 into the tailnet, and the LocalAPI's status, whois and ping, on a TCP port of this machine's loopback interface, for what cannot use
+    /// this crate. The same answer every time.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`]; [`ErrorKind::CoreLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    pub async fn loopback(&self) -> Result<Loopback> {
+        Loopback::from_c(&op::run(self.calls().loopback()).await?.data)
     }
 
     /// The changes of the node's state and netmap, from its present state on. It starts the node if need be.
@@ -449,34 +552,18 @@ impl Node {
     ///
     /// This method is cancel safe.
     pub async fn watch(&self) -> Result<Watch> {
-        let node = self.raw();
-        let mut got = op::run(|op, err| unsafe { sys::tailnode_watch_start(node, sys::TAILNODE_NONBLOCK, op, err) }).await?;
+        let mut got = op::run(self.calls().watch(sys::TAILNODE_NONBLOCK)).await?;
         Watch::new(got.fd()?)
     }
 }
 
-type SocketStart = unsafe extern "C" fn(
-    sys::tailnode_node,
-    *const std::ffi::c_char,
-    *const std::ffi::c_char,
-    u32,
-    *mut sys::tailnode_op,
-    *mut sys::tailnode_error,
-) -> c_int;
-
-unsafe extern "C" fn dial_start(
-    node: sys::tailnode_node,
-    network: *const std::ffi::c_char,
-    addr: *const std::ffi::c_char,
-    flags: u32,
-    op: *mut sys::tailnode_op,
-    err: *mut sys::tailnode_error,
-) -> c_int {
-    // Safety: the caller's.
-    unsafe { sys::tailnode_dial_start(node, network, addr, flags, sys::TAILNODE_FOREVER, op, err) }
+pub(crate) fn both_addresses(got: &Outcome) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+    let v4 = got.local.and_then(|a| if let IpAddr::V4(ip) = a.ip() { Some(ip) } else { None });
+    let v6 = got.remote.and_then(|a| if let IpAddr::V6(ip) = a.ip() { Some(ip) } else { None });
+    (v4, v6)
 }
 
-fn address(a: Option<SocketAddr>) -> Result<SocketAddr> {
+pub(crate) fn address(a: Option<SocketAddr>) -> Result<SocketAddr> {
     a.ok_or_else(|| Error::new(ErrorKind::Internal, "tailnode: the core gave no address"))
 }
 

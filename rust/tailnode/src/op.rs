@@ -32,7 +32,7 @@ impl Outcome {
 }
 
 /// An operation in flight. Dropping it cancels it, without blocking.
-struct Op {
+pub(crate) struct Op {
     op: sys::tailnode_op,
     over: bool,
 }
@@ -47,12 +47,32 @@ impl Drop for Op {
 }
 
 impl Op {
-    fn start(f: impl FnOnce(*mut sys::tailnode_op, *mut sys::tailnode_error) -> c_int) -> Result<Op> {
+    pub(crate) fn start(f: impl FnOnce(*mut sys::tailnode_op, *mut sys::tailnode_error) -> c_int) -> Result<Op> {
         let mut op = sys::tailnode_op { id: 0 };
         let mut err = Raw::new();
         let code = f(&mut op, err.as_mut());
         err.check(code)?;
         Ok(Op { op, over: false })
+    }
+
+    pub(crate) async fn done(mut self) -> Result<Outcome> {
+        let watch = self.watch()?;
+        loop {
+            let mut ready = watch.readable().await.map_err(|e| Error::from_io("waiting for the core", e))?;
+            match self.take() {
+                Some(result) => return result,
+                None => ready.clear_ready(),
+            }
+        }
+    }
+
+    pub(crate) fn done_blocking(mut self) -> Result<Outcome> {
+        loop {
+            // Safety: both structs are ours, and the size is set.
+            if let Some(result) = self.finish(|op, r, err| unsafe { sys::tailnode_op_wait(op, sys::TAILNODE_FOREVER, r, err) }) {
+                return result;
+            }
+        }
     }
 
     /// A descriptor of our own, which the library's end of the operation does not close under the reactor.
@@ -67,6 +87,14 @@ impl Op {
 
     /// None: not yet.
     fn take(&mut self) -> Option<Result<Outcome>> {
+        // Safety: both structs are ours, and the size is set.
+        self.finish(|op, r, err| unsafe { sys::tailnode_op_take(op, r, err) })
+    }
+
+    fn finish(
+        &mut self,
+        f: impl FnOnce(sys::tailnode_op, *mut sys::tailnode_result, *mut sys::tailnode_error) -> c_int,
+    ) -> Option<Result<Outcome>> {
         let mut r = sys::tailnode_result {
             size: size_of::<sys::tailnode_result>(),
             data: std::ptr::null_mut(),
@@ -76,8 +104,7 @@ impl Op {
             remote: Default::default(),
         };
         let mut err = Raw::new();
-        // Safety: both structs are ours, and size is set.
-        let code = unsafe { sys::tailnode_op_take(self.op, &mut r, err.as_mut()) };
+        let code = f(self.op, &mut r, err.as_mut());
         if code == sys::TAILNODE_PENDING {
             return None;
         }
@@ -100,27 +127,30 @@ impl Op {
 }
 
 /// Starts an operation and waits for what it yields. Dropping the future cancels the operation.
-pub(crate) async fn run(f: impl FnOnce(*mut sys::tailnode_op, *mut sys::tailnode_error) -> c_int) -> Result<Outcome> {
-    let mut op = Op::start(f)?;
-    let watch = op.watch()?;
+pub(crate) async fn run(f: impl Fn(*mut sys::tailnode_op, *mut sys::tailnode_error) -> c_int) -> Result<Outcome> {
     loop {
-        let mut ready = watch.readable().await.map_err(|e| Error::from_io("waiting for the core", e))?;
-        match op.take() {
-            Some(result) => return result,
-            None => ready.clear_ready(),
+        match Op::start(&f) {
+            Ok(op) => return op.done().await,
+            // The core has hundreds of requests to take before this one, and takes them as fast as it can.
+            Err(e) if full(&e) => tokio::task::yield_now().await,
+            Err(e) => return Err(e),
         }
     }
 }
 
-/// Runs a call that has no form that waits by descriptor on a thread of its own. If the future is dropped the call still runs to its end, and
-/// its result is dropped there.
-pub(crate) async fn on_thread<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let (tx, rx) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new()
-        .name("tailnode".into())
-        .spawn(move || drop(tx.send(f())))
-        .map_err(|e| Error::from_io("starting a thread", e))?;
-    rx.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "tailnode: the thread of the call panicked")))
+/// The same for threads that may be blocked.
+pub(crate) fn run_blocking(f: impl Fn(*mut sys::tailnode_op, *mut sys::tailnode_error) -> c_int) -> Result<Outcome> {
+    loop {
+        match Op::start(&f) {
+            Ok(op) => return op.done_blocking(),
+            Err(e) if full(&e) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn full(e: &Error) -> bool {
+    e.kind() == ErrorKind::Exhausted && e.raw_os_error() == Some(libc::EAGAIN)
 }
 
 pub(crate) fn c_string(what: &str, s: impl Into<Vec<u8>>) -> Result<CString> {

@@ -1,13 +1,13 @@
 //! The Go runtime that runs a node: what it uses, and how much it may use. In process it is one for all nodes of the process; an
 //! isolated node has its own, in its helper.
 //!
-//! These calls wait for one round trip to the core, on a short-lived thread of their own: they block no thread of the Tokio runtime.
+//! These calls wait for one round trip to the core by descriptor: they block no thread.
 
 use std::ffi::c_int;
 
 use tailnode_sys as sys;
 
-use crate::error::{Raw, Result};
+use crate::error::Result;
 use crate::{op, Node};
 
 /// What the Go runtime uses.
@@ -56,14 +56,13 @@ pub struct Stats {
     pub pid: i64,
 }
 
-async fn call(node: &Node, f: impl FnOnce(sys::tailnode_node, *mut sys::tailnode_error) -> c_int + Send + 'static) -> Result<()> {
-    let node = node.clone();
-    op::on_thread(move || {
-        let mut err = Raw::new();
-        let code = f(node.raw(), err.as_mut());
-        err.check(code)
-    })
-    .await
+type OpPtr = *mut sys::tailnode_op;
+type ErrPtr = *mut sys::tailnode_error;
+
+// Safety of this and of all that follow: the library checks the handle, and writes to op and err during the call only.
+pub(crate) fn start_stats(node: &Node) -> impl Fn(OpPtr, ErrPtr) -> c_int + use<> {
+    let n = node.raw();
+    move |op, err| unsafe { sys::tailnode_runtime_stats_start(n, op, err) }
 }
 
 /// What the Go runtime that runs `node` uses now.
@@ -76,14 +75,17 @@ async fn call(node: &Node, f: impl FnOnce(sys::tailnode_node, *mut sys::tailnode
 ///
 /// This function is cancel safe.
 pub async fn stats(node: &Node) -> Result<Stats> {
-    let node = node.clone();
-    op::on_thread(move || {
-        let mut s = sys::tailnode_stats { size: size_of::<sys::tailnode_stats>(), ..Default::default() };
-        let mut err = Raw::new();
-        // Safety: size is set.
-        let code = unsafe { sys::tailnode_runtime_stats(node.raw(), &mut s, err.as_mut()) };
-        err.check(code)?;
-        Ok(Stats {
+    Ok(Stats::from_c(&op::run(start_stats(node)).await?.data))
+}
+
+impl Stats {
+    /// From a tailnode_stats, of which a core that is older may give less.
+    pub(crate) fn from_c(b: &[u8]) -> Stats {
+        let mut s = sys::tailnode_stats::default();
+        let n = b.len().min(size_of_val(&s));
+        // Safety: s is a struct of integers, of which n bytes are overwritten.
+        unsafe { std::ptr::copy_nonoverlapping(b.as_ptr(), std::ptr::from_mut(&mut s).cast(), n) };
+        Stats {
             heap_live: s.heap_live,
             heap_idle: s.heap_idle,
             heap_returned: s.heap_returned,
@@ -104,9 +106,8 @@ pub async fn stats(node: &Node) -> Result<Stats> {
             connections: s.connections,
             crossings: s.crossings,
             pid: s.pid,
-        })
-    })
-    .await
+        }
+    }
 }
 
 /// Sets a soft limit, in bytes, on the memory of the runtime: nearing it, the collector works harder. `None` takes it away.
@@ -120,7 +121,8 @@ pub async fn stats(node: &Node) -> Result<Stats> {
 /// The limit may be set or not if the future is dropped.
 pub async fn set_memory_limit(node: &Node, bytes: Option<u64>) -> Result<()> {
     let bytes = bytes.map_or(i64::MAX, |b| i64::try_from(b).unwrap_or(i64::MAX));
-    call(node, move |n, err| unsafe { sys::tailnode_set_memory_limit(n, bytes, err) }).await
+    let node = node.raw();
+    op::run(move |op, err| unsafe { sys::tailnode_set_memory_limit_start(node, bytes, op, err) }).await.map(drop)
 }
 
 /// Sets how many threads may run Go code at a time.
@@ -133,7 +135,8 @@ pub async fn set_memory_limit(node: &Node, bytes: Option<u64>) -> Result<()> {
 ///
 /// The number may be set or not if the future is dropped.
 pub async fn set_max_procs(node: &Node, n: i32) -> Result<()> {
-    call(node, move |node, err| unsafe { sys::tailnode_set_max_procs(node, n, err) }).await
+    let node = node.raw();
+    op::run(move |op, err| unsafe { sys::tailnode_set_max_procs_start(node, n, op, err) }).await.map(drop)
 }
 
 /// Sets how much the heap may grow, in percent of what is live, before the next collection; -1: only the memory limit counts.
@@ -146,7 +149,8 @@ pub async fn set_max_procs(node: &Node, n: i32) -> Result<()> {
 ///
 /// The percentage may be set or not if the future is dropped.
 pub async fn set_gc_percent(node: &Node, percent: i32) -> Result<()> {
-    call(node, move |n, err| unsafe { sys::tailnode_set_gc_percent(n, percent, err) }).await
+    let node = node.raw();
+    op::run(move |op, err| unsafe { sys::tailnode_set_gc_percent_start(node, percent, op, err) }).await.map(drop)
 }
 
 /// Collects, and gives all memory back to the system that is not in use.
@@ -159,7 +163,8 @@ pub async fn set_gc_percent(node: &Node, percent: i32) -> Result<()> {
 ///
 /// It goes on if the future is dropped.
 pub async fn trim(node: &Node) -> Result<()> {
-    call(node, |n, err| unsafe { sys::tailnode_trim(n, err) }).await
+    let node = node.raw();
+    op::run(move |op, err| unsafe { sys::tailnode_trim_start(node, op, err) }).await.map(drop)
 }
 
 /// How short the host's memory is.
@@ -183,5 +188,6 @@ pub enum Pressure {
 ///
 /// It goes on if the future is dropped.
 pub async fn memory_pressure(node: &Node, level: Pressure) -> Result<()> {
-    call(node, move |n, err| unsafe { sys::tailnode_memory_pressure(n, level as c_int, err) }).await
+    let node = node.raw();
+    op::run(move |op, err| unsafe { sys::tailnode_memory_pressure_start(node, level as c_int, op, err) }).await.map(drop)
 }

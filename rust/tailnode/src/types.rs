@@ -2,13 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
-use std::net::IpAddr;
+use std::fmt;
+use std::mem::offset_of;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use tailnode_sys as sys;
+
+use crate::error::{Error, ErrorKind, Result};
 
 /// Go writes an empty slice or map as null.
-fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(d: D) -> Result<T, D::Error> {
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(d: D) -> std::result::Result<T, D::Error> {
     Ok(Option::deserialize(d)?.unwrap_or_default())
 }
 
@@ -221,6 +226,41 @@ record! {
         derp_region_code: String = "DERPRegionCode",
         /// The address is this node's own.
         is_local_ip: bool = "IsLocalIP",
+    }
+}
+
+/// A port of this machine that leads into the tailnet, from [`Node::loopback`](crate::Node::loopback).
+#[non_exhaustive]
+#[derive(Clone, PartialEq, Eq)]
+pub struct Loopback {
+    /// Such as `127.0.0.1:41234`.
+    pub address: SocketAddr,
+    /// The password of SOCKS5; the user is `tsnet`.
+    pub proxy_credential: String,
+    /// The password of HTTP basic authentication below `/localapi/`, with the header `Sec-Tailscale: localapi`.
+    pub local_api_credential: String,
+}
+
+impl Loopback {
+    pub(crate) fn from_c(b: &[u8]) -> Result<Loopback> {
+        let text = |at: usize| {
+            let field = b.get(at..at + 64).unwrap_or_default();
+            CStr::from_bytes_until_nul(field).ok().and_then(|s| s.to_str().ok()).unwrap_or_default()
+        };
+        Ok(Loopback {
+            address: text(offset_of!(sys::tailnode_loopback_info, address))
+                .parse()
+                .map_err(|_| Error::new(ErrorKind::Internal, "tailnode: the core gave no address"))?,
+            proxy_credential: text(offset_of!(sys::tailnode_loopback_info, proxy_credential)).into(),
+            local_api_credential: text(offset_of!(sys::tailnode_loopback_info, local_api_credential)).into(),
+        })
+    }
+}
+
+impl fmt::Debug for Loopback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loopback").field("address", &self.address).finish_non_exhaustive()
+        // there are secrets in it
     }
 }
 

@@ -58,23 +58,34 @@ impl Watch {
     ///
     /// This method is cancel safe: if the future is dropped before it completes, no change is lost.
     pub async fn next(&mut self) -> Result<Option<Event>> {
-        let mut buf = [MaybeUninit::<u8>::zeroed(); size_of::<sys::tailnode_event>()];
+        let mut buf = EMPTY;
         loop {
-            let n = match self.0.async_io(Interest::READABLE, |fd| sock::recv(fd, &mut buf, 0)).await {
-                Ok(0) => return Ok(None),
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
-                    return Err(Error::new(ErrorKind::CoreLost, "tailnode: the process that ran the node has ended"))
-                }
-                Err(e) => return Err(Error::from_io("watch", e)),
-            };
-            // Safety: all of it is initialised from the start.
-            let bytes: &[u8] = unsafe { std::slice::from_raw_parts(buf.as_ptr().cast(), n) };
-            if let Some(event) = parse(bytes) {
-                return Ok(Some(event));
-            } // else of a kind that is newer than this crate
+            let got = self.0.async_io(Interest::READABLE, |fd| sock::recv(fd, &mut buf, sock::NOW)).await;
+            match event(got, &buf) {
+                Some(result) => return result,
+                None => continue, // of a kind that is newer than this crate
+            }
         }
     }
+}
+
+pub(crate) type Buffer = [MaybeUninit<u8>; size_of::<sys::tailnode_event>()];
+pub(crate) const EMPTY: Buffer = [MaybeUninit::zeroed(); size_of::<sys::tailnode_event>()];
+
+/// What a message tells; a zeroed buffer that recv has written to. `None`: nothing that is known here.
+pub(crate) fn event(got: io::Result<usize>, buf: &Buffer) -> Option<Result<Option<Event>>> {
+    Some(match got {
+        Ok(0) => Ok(None),
+        Ok(n) => {
+            // Safety: all of it is initialised from the start, and n is not more than there is.
+            let bytes: &[u8] = unsafe { std::slice::from_raw_parts(buf.as_ptr().cast(), n.min(buf.len())) };
+            Ok(Some(parse(bytes)?))
+        }
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
+            Err(Error::new(ErrorKind::CoreLost, "tailnode: the process that ran the node has ended"))
+        }
+        Err(e) => Err(Error::from_io("watch", e)),
+    })
 }
 
 fn parse(b: &[u8]) -> Option<Event> {

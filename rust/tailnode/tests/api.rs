@@ -21,6 +21,49 @@ fn codes_are_those_of_the_vectors() {
     assert_eq!(ErrorKind::from_code(-1), ErrorKind::Internal);
 }
 
+/// And the header's: every code that is an error has a kind.
+#[test]
+fn codes_are_those_of_the_header() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../cabi/include/tailnode.h");
+    let header = std::fs::read_to_string(path).unwrap();
+    let list = header.split("typedef enum tailnode_code {").nth(1).unwrap().split('}').next().unwrap();
+    let mut seen = 0;
+    for line in list.lines().map(str::trim).filter(|l| l.starts_with("TAILNODE_")) {
+        let (name, rest) = line.split_once(" = ").unwrap();
+        let code: i32 = rest.split([',', ' ']).next().unwrap().parse().unwrap();
+        if name == "TAILNODE_OK" {
+            continue;
+        }
+        let kind = ErrorKind::from_code(code);
+        assert_eq!(kind.code(), code, "{name}");
+        assert_eq!(format!("{kind:?}").to_uppercase(), name["TAILNODE_".len()..].replace('_', ""));
+        seen += 1;
+    }
+    assert_eq!(seen, ErrorKind::ALL.len());
+}
+
+/// Every crate that this one pulls in, for whatever system or feature, or for its tests, may be used under terms that ask for no more than a notice.
+#[test]
+fn licences() {
+    const FINE: [&str; 9] =
+        ["MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "Unicode-3.0", "Unlicense", "LLVM-exception"];
+    let out = std::process::Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--locked", "--offline", "--all-features", "--manifest-path"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+        .args(["--filter-platform", "x86_64-unknown-linux-gnu"])
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let all: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let packages = all["packages"].as_array().unwrap();
+    assert!(packages.len() > 10);
+    for p in packages {
+        let (name, licence) = (&p["name"], p["license"].as_str().unwrap_or_default());
+        let names: Vec<_> = licence.split([' ', '/', '(', ')']).filter(|w| !matches!(*w, "" | "OR" | "AND" | "WITH")).collect();
+        assert!(!names.is_empty() && names.iter().all(|n| FINE.contains(n)), "{name}: {licence:?}");
+    }
+}
+
 #[test]
 fn send_and_sync() {
     fn both<T: Send + Sync + 'static>() {}

@@ -2,13 +2,15 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::pin::Pin;
 use std::task::{ready, Context, Poll};
 
+use futures_core::Stream;
 use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 
 use super::{sock, TcpStream};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
 /// A TCP listener on the tailnet, like `tokio::net::TcpListener`. It comes from [`Node::listen`](crate::Node::listen).
 ///
@@ -29,15 +31,14 @@ impl TcpListener {
     ///
     /// # Errors
     ///
-    /// An error of kind [`NotConnected`](io::ErrorKind::NotConnected), with [`ErrorKind::Closed`] inside, once the node is closed: no
+    /// An error of kind [`NotConnected`](io::ErrorKind::NotConnected), with [`ErrorKind::Closed`](crate::ErrorKind::Closed) inside, once the node is closed: no
     /// further connection comes. `EMFILE` if the process has no descriptor left; the connection was reset, and the listener goes on.
     ///
     /// # Cancel safety
     ///
     /// This method is cancel safe: if the future is dropped before it completes, no connection is lost.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
-        let got = self.fd.async_io(Interest::READABLE, sock::accept).await?;
-        Self::accepted(got)
+        Self::accepted(self.fd.async_io(Interest::READABLE, |fd| sock::accept(fd, sock::NOW)).await?)
     }
 
     /// Polls for a connection. Of several tasks that call it, only the last one's waker is woken.
@@ -48,7 +49,7 @@ impl TcpListener {
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
         loop {
             let mut ready = ready!(self.fd.poll_read_ready(cx))?;
-            match sock::accept(self.fd.get_ref()) {
+            match sock::accept(self.fd.get_ref(), sock::NOW) {
                 Ok(got) => return Poll::Ready(Self::accepted(got)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -57,11 +58,38 @@ impl TcpListener {
         }
     }
 
-    fn accepted(got: Option<(OwnedFd, SocketAddr, SocketAddr)>) -> io::Result<(TcpStream, SocketAddr)> {
-        let Some((fd, remote, local)) = got else {
-            return Err(Error::new(ErrorKind::Closed, "tailnode: accept: the listener is closed").into());
-        };
+    fn accepted((fd, remote, local): (OwnedFd, SocketAddr, SocketAddr)) -> io::Result<(TcpStream, SocketAddr)> {
         Ok((TcpStream::new(fd, local, remote)?, remote))
+    }
+
+    /// The connections as a stream, which ends when the node is closed. tonic's server takes it.
+    pub fn into_incoming(self) -> Incoming {
+        Incoming(self)
+    }
+
+    /// Turns it into the blocking type. Its descriptor, and those of the connections that it accepts, stay non-blocking: see
+    /// [`set_nonblocking`](crate::blocking::TcpListener::set_nonblocking).
+    ///
+    /// # Errors
+    ///
+    /// None; the signature is that of `tokio::net`.
+    pub fn into_std(self) -> io::Result<crate::blocking::TcpListener> {
+        Ok(crate::blocking::TcpListener::new(self.fd.into_inner(), self.local))
+    }
+
+    /// Makes one of the blocking type, whose descriptor is made non-blocking.
+    ///
+    /// # Errors
+    ///
+    /// If the reactor does not take it.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime with I/O enabled.
+    pub fn from_std(listener: crate::blocking::TcpListener) -> io::Result<TcpListener> {
+        listener.set_nonblocking(true)?;
+        let (fd, local) = listener.into_parts();
+        Ok(TcpListener::new(fd, local)?)
     }
 
     /// The address that it listens on, with the port that was chosen if 0 was asked for.
@@ -89,5 +117,29 @@ impl AsFd for TcpListener {
 impl AsRawFd for TcpListener {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+}
+
+/// The connections of a listener, from [`TcpListener::into_incoming`].
+///
+/// An error is that of one connection (`EMFILE` if the process has no descriptor left); the stream goes on, and ends when the node is closed.
+#[derive(Debug)]
+pub struct Incoming(TcpListener);
+
+impl Stream for Incoming {
+    type Item = io::Result<TcpStream>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<TcpStream>>> {
+        Poll::Ready(match ready!(self.0.poll_accept(cx)) {
+            Ok((stream, _)) => Some(Ok(stream)),
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => None,
+            Err(e) => Some(Err(e)),
+        })
+    }
+}
+
+impl AsRef<TcpListener> for Incoming {
+    fn as_ref(&self) -> &TcpListener {
+        &self.0
     }
 }

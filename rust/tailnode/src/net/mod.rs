@@ -6,7 +6,7 @@ mod split;
 mod stream;
 mod udp;
 
-pub use listener::TcpListener;
+pub use listener::{Incoming, TcpListener};
 pub use split::{OwnedReadHalf, OwnedWriteHalf, ReadHalf, ReuniteError, WriteHalf};
 pub use stream::TcpStream;
 pub use udp::UdpSocket;

@@ -1,6 +1,6 @@
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::task::{ready, Context, Poll};
@@ -92,7 +92,7 @@ impl TcpStream {
     ///
     /// [`WouldBlock`](io::ErrorKind::WouldBlock) if there is nothing; otherwise those of reading.
     pub fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        self.fd.try_io(Interest::READABLE, |fd| sock::recv(fd, sock::uninit(buf), 0))
+        self.fd.try_io(Interest::READABLE, |fd| sock::recv(fd, sock::uninit(buf), sock::NOW))
     }
 
     /// Writes what there is room for, without waiting.
@@ -101,7 +101,7 @@ impl TcpStream {
     ///
     /// [`WouldBlock`](io::ErrorKind::WouldBlock) if there is no room; otherwise those of writing.
     pub fn try_write(&self, buf: &[u8]) -> io::Result<usize> {
-        self.fd.try_io(Interest::WRITABLE, |fd| sock::send(fd, buf))
+        self.fd.try_io(Interest::WRITABLE, |fd| sock::send(fd, buf, sock::NOW))
     }
 
     /// Waits for data and copies it into `buf` without taking it from the stream. 0: the peer has ended its half.
@@ -114,7 +114,7 @@ impl TcpStream {
     ///
     /// This method is cancel safe.
     pub async fn peek(&self, buf: &mut [u8]) -> io::Result<usize> {
-        self.fd.async_io(Interest::READABLE, |fd| sock::recv(fd, sock::uninit(buf), libc::MSG_PEEK)).await
+        self.fd.async_io(Interest::READABLE, |fd| sock::recv(fd, sock::uninit(buf), libc::MSG_PEEK | sock::NOW)).await
     }
 
     /// Polls for data and copies it into `buf` without taking it from the stream. Of several tasks that poll, only the last one's waker is woken.
@@ -136,11 +136,36 @@ impl TcpStream {
         split::into_split(self)
     }
 
+    /// Turns it into the blocking type. Its descriptor stays non-blocking: see
+    /// [`set_nonblocking`](crate::blocking::TcpStream::set_nonblocking).
+    ///
+    /// # Errors
+    ///
+    /// None; the signature is that of `tokio::net`.
+    pub fn into_std(self) -> io::Result<crate::blocking::TcpStream> {
+        Ok(crate::blocking::TcpStream::new(self.fd.into_inner(), self.local, self.peer))
+    }
+
+    /// Makes one of the blocking type, whose descriptor is made non-blocking.
+    ///
+    /// # Errors
+    ///
+    /// If the reactor does not take it.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime with I/O enabled.
+    pub fn from_std(stream: crate::blocking::TcpStream) -> io::Result<TcpStream> {
+        stream.set_nonblocking(true)?;
+        let (fd, local, peer) = stream.into_parts();
+        TcpStream::new(fd, local, peer)
+    }
+
     fn poll_recv(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>, flags: i32) -> Poll<io::Result<usize>> {
         // Safety: nothing initialised in there is made uninitialised: recv only ever writes.
         let room = unsafe { buf.unfilled_mut() };
         let full = if flags == 0 { room.len() } else { 0 };
-        let n = ready!(sock::poll_read(&self.fd, cx, full, |fd| sock::recv(fd, room, flags)))?;
+        let n = ready!(sock::poll_read(&self.fd, cx, full, |fd| sock::recv(fd, room, flags | sock::NOW)))?;
         // Safety: recv has written n bytes.
         unsafe { buf.assume_init(n) };
         buf.advance(n);
@@ -152,17 +177,17 @@ impl TcpStream {
     }
 
     pub(super) fn poll_write_shared(&self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        sock::poll_write(&self.fd, cx, buf.len(), |fd| sock::send(fd, buf))
+        sock::poll_write(&self.fd, cx, buf.len(), |fd| sock::send(fd, buf, sock::NOW))
     }
 
     pub(super) fn poll_write_vectored_shared(&self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         // More than the system takes at once is no sign that it is full.
         let full = if bufs.len() <= 1024 { bufs.iter().map(|b| b.len()).sum() } else { 0 };
-        sock::poll_write(&self.fd, cx, full, |fd| sock::send_vectored(fd, bufs))
+        sock::poll_write(&self.fd, cx, full, |fd| sock::send_vectored(fd, bufs, sock::NOW))
     }
 
     pub(super) fn shutdown_write(&self) -> io::Result<()> {
-        sock::shutdown_write(self.fd.get_ref())
+        sock::shutdown(self.fd.get_ref(), Shutdown::Write)
     }
 }
 

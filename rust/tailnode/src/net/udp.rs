@@ -8,7 +8,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, ReadBuf};
 
 use super::sock;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
 /// A UDP socket on the tailnet, like `tokio::net::UdpSocket`. It comes from [`Node::listen_udp`](crate::Node::listen_udp), for
 /// datagrams from and to any peer, or from [`Node::dial_udp`](crate::Node::dial_udp), connected to one.
@@ -20,9 +20,6 @@ pub struct UdpSocket {
     local: SocketAddr,
     peer: Option<SocketAddr>,
 }
-
-/// The largest payload of a UDP datagram over IPv4.
-const MAX_DATAGRAM: usize = 65507;
 
 impl UdpSocket {
     pub(crate) fn new(fd: OwnedFd, local: SocketAddr, peer: Option<SocketAddr>) -> Result<UdpSocket> {
@@ -49,35 +46,18 @@ impl UdpSocket {
     }
 
     fn receive(&self, fd: &OwnedFd, buf: &mut [u8], flags: i32) -> io::Result<(usize, SocketAddr)> {
-        let buf = sock::uninit(buf);
-        let got = match self.peer {
-            None => sock::recv_from(fd, buf, flags)?,
-            // An empty datagram looks like the end, but for the hang-up.
-            Some(peer) => match sock::recv(fd, buf, flags)? {
-                0 if sock::hung_up(fd) => None,
-                n => Some((n, peer)),
-            },
-        };
-        got.ok_or_else(|| Error::new(ErrorKind::Closed, "tailnode: recv: the node is closed").into())
+        sock::recv_datagram(fd, self.peer, sock::uninit(buf), flags | sock::NOW)
     }
 
     fn transmit(&self, fd: &OwnedFd, buf: &[u8], to: Option<SocketAddr>) -> io::Result<usize> {
-        if buf.len() > MAX_DATAGRAM {
-            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
-        }
-        match (self.peer, to) {
-            (None, Some(to)) => sock::send_to(fd, buf, to),
-            (Some(_), None) => sock::send(fd, buf),
-            (None, None) => Err(io::ErrorKind::NotConnected.into()),
-            (Some(_), Some(_)) => Err(io::Error::from_raw_os_error(libc::EISCONN)),
-        }
+        sock::send_datagram(fd, self.peer, buf, to, sock::NOW)
     }
 
     /// Receives one datagram, and returns its length and where it came from. What does not fit in `buf` is cut.
     ///
     /// # Errors
     ///
-    /// [`NotConnected`](io::ErrorKind::NotConnected), with [`ErrorKind::Closed`] inside, once the node is closed.
+    /// [`NotConnected`](io::ErrorKind::NotConnected), with [`ErrorKind::Closed`](crate::ErrorKind::Closed) inside, once the node is closed.
     ///
     /// # Cancel safety
     ///
@@ -181,6 +161,31 @@ impl UdpSocket {
     /// As [`send_to`](UdpSocket::send_to).
     pub fn poll_send_to(&self, cx: &mut Context<'_>, buf: &[u8], target: SocketAddr) -> Poll<io::Result<usize>> {
         sock::poll_write(&self.fd, cx, 0, |fd| self.transmit(fd, buf, Some(target)))
+    }
+
+    /// Turns it into the blocking type. Its descriptor stays non-blocking: see
+    /// [`set_nonblocking`](crate::blocking::UdpSocket::set_nonblocking).
+    ///
+    /// # Errors
+    ///
+    /// None; the signature is that of `tokio::net`.
+    pub fn into_std(self) -> io::Result<crate::blocking::UdpSocket> {
+        Ok(crate::blocking::UdpSocket::new(self.fd.into_inner(), self.local, self.peer))
+    }
+
+    /// Makes one of the blocking type, whose descriptor is made non-blocking.
+    ///
+    /// # Errors
+    ///
+    /// If the reactor does not take it.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime with I/O enabled.
+    pub fn from_std(socket: crate::blocking::UdpSocket) -> io::Result<UdpSocket> {
+        socket.set_nonblocking(true)?;
+        let (fd, local, peer) = socket.into_parts();
+        Ok(UdpSocket::new(fd, local, peer)?)
     }
 
     /// Waits until there may be a datagram.

@@ -1,7 +1,5 @@
 //! End to end over a tailnet of this test's own: Rust to Rust, and Rust to Go.
 
-mod common;
-
 use std::future::{poll_fn, Future};
 use std::io;
 use std::pin::pin;
@@ -9,7 +7,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use common::{builder, isolated, up, within};
+use crate::common::{builder, isolated, up, within};
 use tailnode::{runtime, Error, ErrorKind, Event, PingType, State, TcpStream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -323,7 +321,7 @@ async fn datagrams() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_small_messages() {
-    const COUNT: u32 = 100_000;
+    const COUNT: u32 = 1_000_000;
     within(async {
         let (a, b) = (up("rsmall").await, up("rsmallserver").await);
         let listener = b.listen(":83").await.unwrap();
@@ -351,7 +349,7 @@ async fn many_small_messages() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_accepts() {
-    const COUNT: usize = 300;
+    const COUNT: usize = 1000;
     within(async {
         let (a, b) = (up("rmany").await, up("rmanyserver").await);
         let listener = Arc::new(b.listen(":84").await.unwrap());
@@ -429,36 +427,6 @@ async fn runtime_of_the_core() {
         assert_eq!(runtime::set_memory_limit(&a, Some(0)).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
         a.close().await.unwrap();
         assert_eq!(runtime::stats(&a).await.unwrap_err().kind(), ErrorKind::Closed);
-    })
-    .await;
-}
-
-/// std::process forks and execs while data flows: the children get none of our descriptors, and nothing is lost.
-#[tokio::test(flavor = "multi_thread")]
-async fn fork_and_exec_during_a_transfer() {
-    const LEN: u64 = 32 << 20;
-    within(async {
-        let a = up("rfork").await;
-        let mut conn = a.dial("gopeer:19").await.unwrap();
-        conn.write_u64(LEN).await.unwrap();
-        let children = std::thread::spawn(|| {
-            for _ in 0..20 {
-                let out = std::process::Command::new("ls").args(["-l", "/proc/self/fd"]).output().unwrap();
-                let text = String::from_utf8(out.stdout).unwrap();
-                assert!(out.status.success() && !text.contains("socket:"), "{text}");
-            }
-        });
-        let (mut got, mut buf) = (0, vec![0; 64 << 10]);
-        loop {
-            match conn.read(&mut buf).await.unwrap() {
-                0 => break,
-                n => got += n as u64,
-            }
-        }
-        assert_eq!(got, LEN);
-        children.join().unwrap();
-        drop(conn);
-        a.close().await.unwrap();
     })
     .await;
 }

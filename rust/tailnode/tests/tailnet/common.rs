@@ -15,7 +15,7 @@ struct Testnet {
     _child: Child,
 }
 
-fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
@@ -52,6 +52,49 @@ fn testnet() -> &'static Testnet {
     })
 }
 
+/// The control server and the auth key, for other programs to join.
+pub fn to_join() -> (&'static str, &'static str) {
+    let net = testnet();
+    (&net.control_url, &net.auth_key)
+}
+
+/// Runs a test in a process of its own, for what concerns the whole process: true in that process. false: it has run, and it passed.
+pub fn alone(name: &str) -> bool {
+    if std::env::var("TAILNODE_TEST_ALONE").is_ok_and(|v| v == name) {
+        return true;
+    }
+    let out = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("TAILNODE_TEST_ALONE", name)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{name}: {}\n{text}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+    assert!(text.contains("1 passed"), "{name} is the name of no test:\n{text}");
+    false
+}
+
+/// The descriptors of this process.
+pub fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// The threads of this process.
+pub fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// Waits until something holds.
+pub async fn until(what: &str, mut f: impl FnMut() -> bool) {
+    for _ in 0..6000 {
+        if f() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await; // nothing tells of it
+    }
+    panic!("it never came to be that {what}");
+}
+
 pub fn isolated() -> bool {
     std::env::var("TAILNODE_TEST_MODE").is_ok_and(|m| m == "isolated")
 }
@@ -73,5 +116,5 @@ pub async fn up(hostname: &str) -> Node {
 
 /// Fails a test that hangs.
 pub async fn within<F: std::future::Future>(f: F) -> F::Output {
-    tokio::time::timeout(Duration::from_secs(60), f).await.expect("the test hangs")
+    tokio::time::timeout(Duration::from_secs(120), f).await.expect("the test hangs")
 }
