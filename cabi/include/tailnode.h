@@ -47,9 +47,9 @@
  * FORK.  In the child of a fork without exec every function returns TAILNODE_FORKED at once and does nothing; the parent is
  * not disturbed. fork and exec is always safe; every descriptor of the library is close-on-exec.
  *
- * SIGNALS.  The library installs no signal handler, blocks none and raises none; it never causes SIGPIPE. Writing with write(2) to a
- * connection that is gone raises SIGPIPE as with every socket: use send(2) with MSG_NOSIGNAL. In process, the Go
- * core installs handlers when it is loaded; which ones stands in docs/c-abi.md. With TAILNODE_ISOLATED there are none.
+ * SIGNALS.  The library installs no signal handler, blocks none and raises none, and none of its threads takes a signal of the host's, in
+ * either mode; it never causes SIGPIPE. Writing with write(2) to a connection that is gone raises SIGPIPE as with every socket: use send(2) with
+ * MSG_NOSIGNAL. A fault inside the core, in process, is a fault of the process, as with any library.
  */
 #ifndef TAILNODE_H
 #define TAILNODE_H
