@@ -46,7 +46,7 @@ const (
 
 	// maxListed bounds the candidates from each of control and call-me-maybe, maxObserved the others.
 	maxListed   = disco.MaxEndpoints
-	maxObserved = 16
+	maxObserved = 8
 )
 
 // firstRounds are the distances of the first rounds of pings. NATs let the peer's pings in once

@@ -24,6 +24,8 @@ type sim struct {
 	tx    uint64
 	delay func(from, to netip.AddrPort) (time.Duration, bool) // of a UDP packet; false: lost
 	relay time.Duration
+
+	depth, maxDepth int // how many messages have led to what is being done, each to the next
 }
 
 type simEvent struct {
@@ -58,6 +60,7 @@ type simNode struct {
 	heard      time.Time
 	lastTold   time.Time
 	pings      int
+	pongs      int
 	calls      int
 	directPkts int
 	relayPkts  int
@@ -65,6 +68,7 @@ type simNode struct {
 	maxGap     time.Duration
 	directAt   time.Time
 	ticks      int
+	stunAt     time.Time
 }
 
 func newSim(t *testing.T) *sim {
@@ -96,7 +100,12 @@ func (s *sim) node(addrs ...string) *simNode {
 
 func (s *sim) after(d time.Duration, f func()) {
 	s.seq++
-	heap.Push(&s.queue, simEvent{s.now.Add(d), s.seq, f})
+	depth := s.depth + 1
+	heap.Push(&s.queue, simEvent{s.now.Add(d), s.seq, func() {
+		s.depth = depth
+		f()
+		s.depth = 0
+	}})
 }
 
 // endpoints are what a node tells of itself: its own addresses, and the one that a STUN server sees.
@@ -134,12 +143,13 @@ func (n *simNode) udp(to netip.AddrPort, f func(src netip.AddrPort)) {
 
 // do carries out what the machine wants.
 func (n *simNode) do() {
-	acts := n.mc.acts
+	s, acts := n.s, n.mc.acts
 	n.mc.acts = nil
 	for _, a := range acts {
 		switch a.kind {
 		case sendPing:
 			n.pings++
+			s.maxDepth = max(s.maxDepth, s.depth)
 			if a.to.addr.IsValid() {
 				n.udp(a.to.addr, func(src netip.AddrPort) {
 					n.peer.mc.gotPing(n.s.now, via{addr: src}, src, &disco.Ping{TxID: a.tx})
@@ -152,6 +162,8 @@ func (n *simNode) do() {
 				})
 			}
 		case sendPong:
+			n.pongs++
+			s.maxDepth = max(s.maxDepth, s.depth)
 			if a.to.addr.IsValid() {
 				n.udp(a.to.addr, func(src netip.AddrPort) {
 					n.peer.mc.gotPong(n.s.now, via{addr: src}, &disco.Pong{TxID: a.tx})
@@ -165,6 +177,7 @@ func (n *simNode) do() {
 			}
 		case sendCall:
 			n.calls++
+			s.maxDepth = max(s.maxDepth, s.depth)
 			eps := n.endpoints()
 			n.s.after(n.s.relay, func() {
 				n.peer.mc.callMeMaybe(n.s.now, eps)
@@ -215,7 +228,12 @@ func (s *sim) run(d, every time.Duration) {
 	if every > 0 {
 		var talk func()
 		talk = func() {
+			s.depth = 0 // the application's doing
 			for _, n := range s.nodes {
+				if s.now.Sub(n.stunAt) >= refreshMin {
+					n.stunAt = s.now
+					n.endpoints() // keeps the mapping that STUN servers see
+				}
 				n.data()
 			}
 			if s.now.Add(every).Before(end) {
@@ -614,56 +632,139 @@ func TestCallsAreRateLimited(t *testing.T) {
 	}
 }
 
-// TestRandomTopologies holds what must be true whatever the network is like: data never stalls, probes are bounded, a
-// path that hole punching must find is found, and silence follows.
+// behind is what a node of a random topology is behind of.
+type behind struct {
+	kind            string // "open", "NAT" or "firewall"
+	mapping, filter natlab.Behaviour
+	v6              bool // behind a firewall, besides
+	noUDP           bool
+}
+
+// mustFind reports whether there is a direct path, each of the two pinging all that the other and a STUN server say of it.
+func mustFind(a, b behind) bool {
+	const ei, apd = natlab.EndpointIndependent, natlab.AddressAndPortDependent
+	switch {
+	case a.noUDP || b.noUDP:
+		return false
+	case a.v6 && b.v6, a.kind == "open" || b.kind == "open":
+		return true
+	case a.mapping == ei && b.mapping == ei:
+		return true
+	}
+	// The one whose mapping is not what STUN says is seen at another port, which the other's filter must not mind.
+	return a.mapping == ei && a.filter != apd || b.mapping == ei && b.filter != apd
+}
+
+// TestRandomTopologies holds what must be true whatever the network is like: a path that exists is found within a bound, data never
+// stalls meanwhile, messages do not breed messages, probes per peer and minute are bounded, and silence follows traffic.
 func TestRandomTopologies(t *testing.T) {
 	count := 1000
 	if testing.Short() {
 		count = 100
 	}
+	const (
+		foundWithin    = 15 * time.Second // with up to a quarter of the packets lost, in each direction its own share
+		probesAMinute  = 600              // pings, pongs and call-me-maybes of one node
+		longestLineage = 4                // a call-me-maybe makes a ping, that one back and a pong, and that a last pong
+	)
+	start := time.Unix(1e9, 0)
+	var late time.Duration
+	var most, direct, found int
 	for seed := range count {
 		rnd := rand.New(rand.NewPCG(uint64(seed), 7))
 		s := newSim(t)
 		s.relay = time.Duration(5+rnd.IntN(150)) * time.Millisecond
-		loss := rnd.Float64() * 0.2
 		lat := time.Duration(1+rnd.IntN(100)) * time.Millisecond
-		s.delay = func(_, _ netip.AddrPort) (time.Duration, bool) {
-			return lat + time.Duration(rnd.IntN(5))*time.Millisecond, rnd.Float64() >= loss
-		}
-		mk := func(pub, inside, priv string) (*simNode, bool) {
-			if rnd.IntN(3) == 0 {
-				return s.node(pub + ":41641"), true
+		var x, y *simNode
+		loss := [2]float64{rnd.Float64() * 0.25, rnd.Float64() * 0.25}
+		s.delay = func(from, _ netip.AddrPort) (time.Duration, bool) {
+			l := loss[0]
+			if a := from.Addr(); a == netip.MustParseAddr("2.2.2.2") || a == netip.MustParseAddr("2001:db8:2::2") {
+				l = loss[1]
 			}
-			m := natlab.Behaviour(rnd.IntN(3))
-			s.nat(inside, pub, m, natlab.Behaviour(rnd.IntN(3)))
-			return s.node(priv + ":41641"), m == natlab.EndpointIndependent
+			return lat + time.Duration(rnd.IntN(5))*time.Millisecond, rnd.Float64() >= l
 		}
-		x, punchX := mk("1.1.1.1", "10.0.0.0/24", "10.0.0.2")
-		y, punchY := mk("2.2.2.2", "192.168.0.0/24", "192.168.0.2")
-		x.noUDP, y.noUDP = rnd.IntN(10) == 0, rnd.IntN(10) == 0
+		behaviour := func() natlab.Behaviour { return natlab.Behaviour(rnd.IntN(3)) }
+		mk := func(pub, inside, priv, net6, addr6 string) (*simNode, behind) {
+			b := behind{kind: [...]string{"open", "NAT", "NAT", "NAT", "firewall"}[rnd.IntN(5)], v6: rnd.IntN(6) == 0, noUDP: rnd.IntN(12) == 0}
+			addrs := []string{pub + ":41641"}
+			switch b.kind {
+			case "NAT":
+				b.mapping, b.filter = behaviour(), behaviour()
+				cfg := natlab.Config{Inside: netip.MustParsePrefix(inside), Outside: netip.MustParseAddr(pub), Mapping: b.mapping, Filtering: b.filter,
+					Hairpin: rnd.IntN(2) == 0, PreservePort: rnd.IntN(2) == 0, Timeout: time.Duration(30+rnd.IntN(90)) * time.Second}
+				s.lab.Add(cfg)
+				addrs[0] = priv + ":41641"
+			case "firewall":
+				b.filter = natlab.AddressAndPortDependent
+				s.lab.Add(natlab.Config{Inside: netip.MustParsePrefix(pub + "/32"), Filtering: b.filter})
+			}
+			if b.v6 {
+				s.lab.Add(natlab.Config{Inside: netip.MustParsePrefix(net6), Filtering: natlab.AddressAndPortDependent})
+				addrs = append(addrs, "["+addr6+"]:41641")
+			}
+			n := s.node(addrs...)
+			n.noUDP = b.noUDP
+			return n, b
+		}
+		x, bx := mk("1.1.1.1", "10.0.0.0/24", "10.0.0.2", "2001:db8:1::/48", "2001:db8:1::2")
+		y, by := mk("2.2.2.2", "192.168.0.0/24", "192.168.0.2", "2001:db8:2::/48", "2001:db8:2::2")
 		s.pair(x, y)
-		s.run(30*time.Second, 100*time.Millisecond)
-		must := punchX && punchY && !x.noUDP && !y.noUDP
-		for _, n := range s.nodes {
-			if must && n.directAt.IsZero() {
-				t.Errorf("seed %d: no direct path", seed)
+		must := mustFind(bx, by)
+		for _, every := range []time.Duration{100 * time.Millisecond, 300 * time.Millisecond} {
+			var before [2]int
+			for i, n := range s.nodes {
+				before[i] = n.pings + n.pongs + n.calls
 			}
-			if !must && n.directAt.IsZero() == false && (x.noUDP || y.noUDP) {
+			s.run(time.Minute, every)
+			for i, n := range s.nodes {
+				sent := n.pings + n.pongs + n.calls - before[i]
+				if most = max(most, sent); sent > probesAMinute {
+					t.Errorf("seed %d: %d messages in a minute", seed, sent)
+				}
+			}
+		}
+		for _, n := range s.nodes {
+			switch d := n.directAt.Sub(start); {
+			case n.directAt.IsZero() && must:
+				t.Errorf("seed %d: no direct path between %+v and %+v", seed, bx, by)
+			case n.directAt.IsZero():
+			case must:
+				if late = max(late, d); d > foundWithin {
+					t.Errorf("seed %d: direct after %v", seed, d)
+				}
+				found++
+			case bx.noUDP || by.noUDP:
 				t.Errorf("seed %d: direct without UDP", seed)
 			}
-			// Lost data is loss, not a stall: what counts is that packets keep arriving.
-			if n.maxGap > 2500*time.Millisecond {
+			// Lost data is loss, not a stall: what counts is that packets keep arriving. Where both mappings vary, each may send by one
+			// that nothing keeps open, and notice late.
+			worst := 2500 * time.Millisecond
+			if bx.mapping != natlab.EndpointIndependent && by.mapping != natlab.EndpointIndependent {
+				worst = 4 * time.Second
+			}
+			if n.maxGap > worst {
 				t.Errorf("seed %d: stalled for %v", seed, n.maxGap)
 			}
-			if n.pings > 150 || n.calls > 40 {
-				t.Errorf("seed %d: %d pings, %d calls in 30 s", seed, n.pings, n.calls)
-			}
+		}
+		if must {
+			direct++
+		}
+		if s.maxDepth > longestLineage {
+			t.Errorf("seed %d: a message that %d others led to", seed, s.maxDepth)
 		}
 		s.run(2*time.Minute, 0)
-		pings := x.pings + y.pings
+		sent, ticks := 0, 0
+		for _, n := range s.nodes {
+			sent, ticks = sent-n.pings-n.pongs-n.calls, ticks-n.ticks
+		}
 		s.run(time.Hour, 0)
-		if x.pings+y.pings != pings {
-			t.Errorf("seed %d: %d pings in silence", seed, x.pings+y.pings-pings)
+		for _, n := range s.nodes {
+			sent, ticks = sent+n.pings+n.pongs+n.calls, ticks+n.ticks
+		}
+		if sent != 0 || ticks != 0 || len(s.queue) != 0 {
+			t.Errorf("seed %d: %d messages and %d timers in silence", seed, sent, ticks)
 		}
 	}
+	t.Logf("%d topologies, %d with a direct path: the last was found after %v; at most %d messages of a node in a minute", count, direct, late, most)
 }
