@@ -35,7 +35,7 @@ var measures = []*measure{
 	{"start-10000", "the same with 10,000 peers in the netmap", eachSide, [2]int{3, 1}, secs(45, 30), startMany(10_000)},
 	{"blocked", "the same with all UDP dropped", eachSide, [2]int{3, 1}, secs(40, 30), measureBlocked},
 	{"restart", "restart of each of two nodes to the first byte", eachSide, [2]int{4, 1}, secs(40, 30), measureRestart},
-	{"idle", "memory, threads, goroutines, processor time at 1, 1,000, 10,000 peers, doing nothing", together, [2]int{1, 1}, secs(150, 60), measureIdle},
+	{"idle", "memory, threads, goroutines, processor time at 1, 1,000, 10,000 peers, doing nothing", together, [2]int{1, 1}, secs(150, 90), measureIdle},
 	{"delta", "a change that arrives at a node with 10,000 peers", eachSide, [2]int{2, 1}, secs(60, 40), measureDelta},
 	{"direct", "direct path: round trips idle and under load, TCP with 1, 8, 64 streams", eachSide, [2]int{3, 1}, secs(60, 40), measureDirect},
 	{"udp", "datagrams a second, direct", eachSide, [2]int{3, 1}, secs(30, 20), measureUDP},
@@ -45,7 +45,7 @@ var measures = []*measure{
 	{"close", "Close with thousands of connections, and what it gives back", eachSide, [2]int{2, 1}, secs(90, 45), measureClose},
 	{"relay", "packets forwarded by either relay between either side's relay clients, without nodes", alone, [2]int{2, 1}, secs(40, 20), measureRelay},
 	{"coord", "light nodes that join our coordination server and upstream's test server, and a change that reaches all", alone, [2]int{1, 1}, secs(100, 45), measureCoord},
-	{"faces", "the C library and the Rust crate beside Go in process; needs them built", alone, [2]int{1, 1}, secs(60, 30), measureFaces},
+	{"faces", "the C library and the Rust crate beside Go in process; needs them built", alone, [2]int{1, 1}, secs(90, 45), measureFaces},
 }
 
 func secs(full, quick int) [2]time.Duration {
@@ -134,6 +134,9 @@ func (r *round) addTo(s *side, w row, v float64) { r.addAs(s.name, w, v) }
 func (r *round) addAs(side string, w row, v float64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed { // what its processes were killed in the middle of
+		return
+	}
 	r.values = append(r.values, value{w, side, v})
 }
 

@@ -200,13 +200,16 @@ func measureIdle(r *round) error {
 	began := time.Now()
 	time.Sleep(r.p.idle) // what is measured is the passing of time
 	for _, p := range pairs {
+		var rss, threads float64
+		if p.err == nil {
+			rss, threads = residentMB(p.a), procStatus(p.a.cmd.Process.Pid, "Threads")
+		}
+		cpu, goroutines := stats(p)
+		took := time.Since(began)
 		if p.err != nil {
 			r.fail(p.side.name, fmt.Errorf("%s peers: %w", thousands(p.peers), p.err))
 			continue
 		}
-		rss, threads := residentMB(p.a), procStatus(p.a.cmd.Process.Pid, "Threads")
-		cpu, goroutines := stats(p)
-		took := time.Since(began)
 		name, goal := "idle: ", 0.5
 		if p.peers > 1 {
 			name, goal = fmt.Sprintf("idle with %s peers: ", thousands(p.peers)), 0.3

@@ -22,7 +22,9 @@ func (rep *report) lines() []line {
 	var out []line
 	for _, me := range measures {
 		failed := func(side string) bool {
-			return slices.ContainsFunc(rep.Failures, func(f failure) bool { return f.Measure == me.name && (f.Side == side || f.Side == "") })
+			return slices.ContainsFunc(rep.Failures, func(f failure) bool {
+				return f.Measure == me.name && (f.Side == side || f.Side == "" && me.who != alone)
+			})
 		}
 		for _, m := range rep.Metrics {
 			if m.Measure != me.name {
