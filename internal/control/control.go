@@ -7,6 +7,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -24,7 +25,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tailnode/tailnode/internal/h2"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/noise"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -37,7 +37,7 @@ const (
 	maxErrorText = 512
 	// lbHeader carries the node key in the clear of the HTTP/2 channel, for the server's
 	// load balancers.
-	lbHeader = "ts-lb"
+	lbHeader = "Ts-Lb"
 )
 
 // Config says how to reach a control server and as whom.
@@ -61,14 +61,16 @@ type Client struct {
 	cfg   Config
 	base  *url.URL // without a trailing slash
 	log   *slog.Logger
-	spare atomic.Pointer[outer] // of the key fetch, for the upgrade; only while a dial is under way
+	outer *http.Transport // key fetch and upgrade
+	inner *http.Transport // HTTP/2 within the Noise channel
 
 	plan     atomic.Pointer[tailcfg.ControlDialPlan]
 	lastDial atomic.Int64 // when a channel was last opened by way of port 80, Unix nanoseconds
 
 	mu      sync.Mutex // guards what follows; never held while waiting
 	closed  bool
-	conn    *h2.Conn
+	conn    *http.ClientConn
+	raw     net.Conn              // beneath conn
 	open    map[*tracked]struct{} // every channel not closed yet: an old one may still carry a stream
 	dialing chan struct{}         // closed when the dial under way is over; nil: none
 	stop    context.CancelFunc    // of the dial under way
@@ -103,6 +105,8 @@ func New(cfg Config) (*Client, error) {
 		c.log = slog.New(slog.DiscardHandler)
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.outer = c.newOuter(cfg.Dial)
+	c.inner = c.newInner()
 	return c, nil
 }
 
@@ -112,7 +116,7 @@ func (c *Client) Close() {
 	c.mu.Lock()
 	c.closed = true
 	conn := c.conn
-	c.conn = nil
+	c.conn, c.raw = nil, nil
 	open := slices.Collect(maps.Keys(c.open))
 	c.mu.Unlock()
 	c.cancel()
@@ -123,6 +127,7 @@ func (c *Client) Close() {
 		t.Close()
 	}
 	c.wg.Wait()
+	c.outer.CloseIdleConnections()
 }
 
 // ControlKey returns the server's key, or zero before the first connection. A caller may keep it
@@ -140,11 +145,12 @@ func (c *Client) SetDialPlan(p *tailcfg.ControlDialPlan) { c.plan.Store(p) }
 // a new connection.
 func (c *Client) Drop() {
 	c.mu.Lock()
-	conn := c.conn
-	c.conn = nil
+	conn, raw := c.conn, c.raw
+	c.conn, c.raw = nil, nil
 	c.mu.Unlock()
 	if conn != nil {
 		conn.Close()
+		raw.Close()
 	}
 }
 
@@ -181,7 +187,7 @@ func (c *Client) AbortDial() {
 
 // get returns the connection, and opens one if there is none that works; used says that it
 // was open already. Callers that come while one is being opened wait for that one.
-func (c *Client) get(ctx context.Context) (conn *h2.Conn, used bool, err error) {
+func (c *Client) get(ctx context.Context) (conn *http.ClientConn, used bool, err error) {
 	for first := true; ; first = false {
 		c.mu.Lock()
 		if c.closed {
@@ -193,7 +199,7 @@ func (c *Client) get(ctx context.Context) (conn *h2.Conn, used bool, err error) 
 				defer c.mu.Unlock()
 				return c.conn, first, nil
 			}
-			c.conn = nil
+			c.conn, c.raw = nil, nil
 		}
 		if !first && c.dialing == nil && c.dialErr != nil {
 			defer c.mu.Unlock()
@@ -220,61 +226,73 @@ func (c *Client) get(ctx context.Context) (conn *h2.Conn, used bool, err error) 
 func (c *Client) connectFor(ctx context.Context, cancel context.CancelFunc, done chan struct{}) {
 	defer c.wg.Done()
 	defer cancel()
-	conn, err := c.connect(ctx)
+	conn, raw, err := c.connect(ctx)
 	c.mu.Lock()
 	c.dialing, c.dialErr = nil, err
 	closed := c.closed
 	if err == nil && !closed {
-		c.conn = conn
+		c.conn, c.raw = conn, raw
 	}
 	c.mu.Unlock()
 	close(done)
 	if err == nil && closed {
 		conn.Close()
+		raw.Close()
 	}
 }
 
 // post posts v as JSON to path within the Noise channel. The caller closes the answer's body.
-func (c *Client) post(ctx context.Context, path string, v any, nodes ...key.NodePublic) (*h2.Response, error) {
+func (c *Client) post(ctx context.Context, path string, v any, nodes ...key.NodePublic) (*http.Response, error) {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return nil, fmt.Errorf("control: %s: %w", path, err)
 	}
-	header := []h2.Field{{Name: "content-type", Value: "application/json"}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.innerURL(path), bytes.NewReader(body))
+	if err != nil {
+		return nil, fmt.Errorf("control: %s: %w", path, err)
+	}
+	req.Header.Set("Content-Type", "application/json")
 	for _, n := range nodes {
 		if !n.IsZero() {
-			header = append(header, h2.Field{Name: lbHeader, Value: n.String()})
+			req.Header.Add(lbHeader, n.String())
 		}
 	}
-	return c.do(ctx, "POST", c.base.EscapedPath()+path, header, body)
+	return c.do(req)
+}
+
+// innerURL returns the URL of path as requests within the channel give it. The scheme is
+// always https there.
+func (c *Client) innerURL(path string) string {
+	return "https://" + c.base.Host + c.base.Path + path
 }
 
 // do makes a request within the Noise channel. Where the connection turns out to have ended
 // before an answer came, the request is made once more on a new one; all requests of this
 // protocol can be repeated.
-func (c *Client) do(ctx context.Context, method, path string, header []h2.Field, body []byte) (*h2.Response, error) {
-	req := &h2.Request{Method: method, Scheme: "https", Authority: c.base.Host, Path: path, Body: body}
-	req.Header = append(header, h2.Field{Name: "user-agent", Value: userAgent})
+func (c *Client) do(req *http.Request) (*http.Response, error) {
 	for try := 0; ; try++ {
-		conn, used, err := c.get(ctx)
+		conn, used, err := c.get(req.Context())
 		if err != nil {
 			return nil, err
 		}
-		resp, err := conn.RoundTrip(ctx, req)
+		resp, err := conn.RoundTrip(req)
 		if err == nil {
 			return resp, nil
 		}
-		if cause := context.Cause(ctx); cause != nil {
-			return nil, fmt.Errorf("control: %s: %w", path, cause)
+		if cause := context.Cause(req.Context()); cause != nil {
+			return nil, fmt.Errorf("control: %s: %w", req.URL.Path, cause)
 		}
-		if try > 0 || !used || conn.Err() == nil {
-			return nil, fmt.Errorf("control: %s: %w", path, err)
+		if try == 0 && used && conn.Err() != nil && req.GetBody != nil {
+			if req.Body, err = req.GetBody(); err == nil {
+				continue
+			}
 		}
+		return nil, fmt.Errorf("control: %s: %w", req.URL.Path, err)
 	}
 }
 
 // readReply reads a whole answer, at most maxReply bytes of it, and closes it.
-func readReply(resp *h2.Response) ([]byte, error) {
+func readReply(resp *http.Response) ([]byte, error) {
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
 	if err == nil && len(b) > maxReply {
@@ -284,12 +302,12 @@ func readReply(resp *h2.Response) ([]byte, error) {
 }
 
 // httpError turns an answer that is no 200 into an error, and closes it.
-func httpError(path string, resp *h2.Response, now time.Time) error {
+func httpError(path string, resp *http.Response, now time.Time) error {
 	defer resp.Body.Close()
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorText))
 	text := strings.TrimSpace(string(b))
-	if resp.Status == http.StatusTooManyRequests || resp.Status == http.StatusServiceUnavailable {
-		return &RateLimitError{Path: path, Status: resp.Status, Text: text, RetryAfter: retryAfter(resp.Get("retry-after"), now)}
+	if resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable {
+		return &RateLimitError{Path: path, Status: resp.StatusCode, Text: text, RetryAfter: retryAfter(resp.Header.Get("Retry-After"), now)}
 	}
-	return &HTTPError{Path: path, Status: resp.Status, Text: text}
+	return &HTTPError{Path: path, Status: resp.StatusCode, Text: text}
 }

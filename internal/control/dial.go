@@ -10,17 +10,15 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"slices"
 	"sort"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/tailnode/tailnode/internal/h2"
-	"github.com/tailnode/tailnode/internal/http1"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/noise"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -42,31 +40,70 @@ const (
 	maxKeyReply = 64 << 10
 )
 
+// newOuter returns the transport of the key fetch and of the upgrade. It keeps the key
+// fetch's connection for a moment, so that an upgrade to the same port needs no other. Proxies
+// are taken from the environment (HTTPS_PROXY, HTTP_PROXY, NO_PROXY).
+func (c *Client) newOuter(dial func(context.Context, string, string) (net.Conn, error)) *http.Transport {
+	t := &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            dial,
+		DisableCompression:     true,
+		TLSHandshakeTimeout:    15 * time.Second,
+		ResponseHeaderTimeout:  15 * time.Second,
+		IdleConnTimeout:        5 * time.Second,
+		MaxIdleConnsPerHost:    1,
+		MaxResponseHeaderBytes: 64 << 10,
+		Protocols:              new(http.Protocols), // an HTTP/2 connection cannot switch protocols
+	}
+	t.Protocols.SetHTTP1(true)
+	if c.cfg.TLSConfig != nil {
+		t.TLSClientConfig = c.cfg.TLSConfig.Clone()
+		t.TLSClientConfig.NextProtos = nil
+	}
+	return t
+}
+
+// newInner returns the transport that makes HTTP/2 connections within Noise channels. To
+// net/http the channel is an unencrypted HTTP/2 connection with prior knowledge.
+func (c *Client) newInner() *http.Transport {
+	t := &http.Transport{
+		Protocols:              new(http.Protocols),
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: 64 << 10,
+		HTTP2: &http.HTTP2Config{
+			// No SendPingTimeout: its timer would keep a closed connection's memory for as
+			// long. Dead connections show in the map stream's watchdog and in the time
+			// limits of the other requests.
+			WriteByteTimeout:          30 * time.Second,
+			MaxReceiveBufferPerStream: 1 << 20,
+		},
+		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return ctx.Value(channelKey{}).(net.Conn), nil
+		},
+	}
+	t.Protocols.SetUnencryptedHTTP2(true)
+	return t
+}
+
+// channelKey is the context key by which connect hands the channel to newInner's dialer.
+type channelKey struct{}
+
 // connect opens a channel and the HTTP/2 connection within.
-func (c *Client) connect(ctx context.Context) (*h2.Conn, error) {
+func (c *Client) connect(ctx context.Context) (*http.ClientConn, net.Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, dialTimeout, fmt.Errorf("control: no connection to %s within %v", c.base, dialTimeout))
 	defer cancel()
 	nc, err := c.channel(ctx)
-	if o := c.spare.Swap(nil); o != nil { // the channel did not take it
-		o.Close()
-	}
+	c.outer.CloseIdleConnections() // the key fetch's, if the channel did not take it
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	raw := c.track(nc)
-	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	conn, err := h2.NewConn(raw)
-	if !stop() {
-		if err == nil {
-			conn.Close()
-		}
-		err = context.Cause(ctx)
-	}
+	conn, err := c.inner.NewClientConn(context.WithValue(ctx, channelKey{}, net.Conn(raw)), "https", hostPort(c.base))
 	if err != nil {
 		raw.Close()
-		return nil, fmt.Errorf("control: HTTP/2 to %s: %w", c.base, err)
+		return nil, nil, fmt.Errorf("control: HTTP/2 to %s: %w", c.base, err)
 	}
-	return conn, nil
+	return conn, raw, nil
 }
 
 // channel opens a Noise channel. Where a key that was known from before does not fit, it
@@ -76,14 +113,9 @@ func (c *Client) channel(ctx context.Context) (*noise.Conn, error) {
 	fetched := false
 	for {
 		if ckey.IsZero() {
-			k, o, err := c.fetchKey(ctx)
+			k, err := c.FetchKey(ctx)
 			if err != nil {
 				return nil, err
-			}
-			if o != nil {
-				if old := c.spare.Swap(o); old != nil {
-					old.Close()
-				}
 			}
 			ckey, fetched = k, true
 			c.mu.Lock()
@@ -109,54 +141,35 @@ func (c *Client) channel(ctx context.Context) (*noise.Conn, error) {
 // FetchKey asks the server for its key, over TLS where the server's URL is https. It blocks
 // until the answer or until ctx ends.
 func (c *Client) FetchKey(ctx context.Context) (key.MachinePublic, error) {
-	k, o, err := c.fetchKey(ctx)
-	if o != nil {
-		o.Close()
-	}
-	return k, err
-}
-
-// fetchKey is FetchKey, and returns the connection if it is good for another request.
-func (c *Client) fetchKey(ctx context.Context) (_ key.MachinePublic, spare *outer, _ error) {
-	u := *c.base
-	u.Path += "/key"
-	u.RawQuery = "v=" + strconv.Itoa(int(c.cfg.Version))
-	fail := func(err error) (key.MachinePublic, *outer, error) {
+	u := fmt.Sprintf("%s/key?v=%d", c.base, c.cfg.Version)
+	fail := func(err error) (key.MachinePublic, error) {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return key.MachinePublic{}, nil, fmt.Errorf("control: fetching the server's key from %s: %w", &u, err)
+		return key.MachinePublic{}, fmt.Errorf("control: fetching the server's key from %s: %w", u, err)
 	}
-	o, err := c.openOuter(ctx, &u, netip.Addr{})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u, nil)
 	if err != nil {
 		return fail(err)
 	}
-	defer func() {
-		if spare == nil {
-			o.Close()
-		}
-	}()
-	resp, err := o.do(ctx, "GET", &u, nil, nil)
+	resp, err := c.outer.RoundTrip(req)
 	if err != nil {
 		return fail(err)
 	}
-	stop := context.AfterFunc(ctx, func() { o.Close() })
+	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxKeyReply))
-	if !stop() {
-		err = context.Cause(ctx)
-	}
 	if err != nil {
 		return fail(err)
 	}
 	what := func() string {
-		return fmt.Sprintf("got HTTP status %d %s with %s: %s", resp.Status, resp.Reason, cmp.Or(resp.Header.Get("Content-Type"), "no content type"), excerpt(b))
+		return fmt.Sprintf("got HTTP status %s with %s: %s", resp.Status, cmp.Or(resp.Header.Get("Content-Type"), "no content type"), excerpt(b))
 	}
 	switch {
-	case resp.Status == http.StatusTooManyRequests || resp.Status == http.StatusServiceUnavailable:
-		return fail(&RateLimitError{Path: "/key", Status: resp.Status, Text: excerpt(b), RetryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now())})
-	case resp.Status >= 500:
+	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable:
+		return fail(&RateLimitError{Path: "/key", Status: resp.StatusCode, Text: excerpt(b), RetryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now())})
+	case resp.StatusCode >= 500:
 		return fail(errors.New(what()))
-	case resp.Status != http.StatusOK:
+	case resp.StatusCode != http.StatusOK:
 		return fail(fmt.Errorf("%w: %s", ErrNotControl, what()))
 	}
 	var keys tailcfg.PublicKeyResponse
@@ -166,10 +179,7 @@ func (c *Client) fetchKey(ctx context.Context) (_ key.MachinePublic, spare *oute
 	if keys.PublicKey.IsZero() {
 		return fail(fmt.Errorf("%w: it sends no key for the Noise protocol: %s", ErrNotControl, what()))
 	}
-	if resp.KeepAlive && len(b) < maxKeyReply {
-		return keys.PublicKey, o, nil
-	}
-	return keys.PublicKey, nil, nil
+	return keys.PublicKey, nil
 }
 
 // excerpt returns the beginning of what a server sent, quoted, for an error.
@@ -355,6 +365,16 @@ func (c *Client) upgrade(ctx context.Context, r route, ckey key.MachinePublic) (
 	if err != nil {
 		return nil, err
 	}
+	t := c.outer
+	if r.ip.IsValid() {
+		t = c.newOuter(func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if host, port, err := net.SplitHostPort(addr); err == nil && host == r.url.Hostname() {
+				addr = net.JoinHostPort(r.ip.String(), port)
+			}
+			return c.cfg.Dial(ctx, network, addr)
+		})
+		defer t.CloseIdleConnections()
+	}
 	fail := func(err error) error {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
@@ -362,50 +382,66 @@ func (c *Client) upgrade(ctx context.Context, r route, ckey key.MachinePublic) (
 		return fmt.Errorf("control: opening a channel at %s: %w", r.url, err)
 	}
 
-	h := http1.Header{{Name: "Upgrade", Value: upgradeProtocol}, {Name: "Connection", Value: "upgrade"},
-		{Name: handshakeHeader, Value: base64.StdEncoding.EncodeToString(init)}}
-	o := c.takeSpare(r)
-	var resp *http1.Response
-	for fresh := o == nil; ; fresh = true {
-		if fresh {
-			if o, err = c.openOuter(ctx, r.url, r.ip); err != nil {
-				return nil, fail(err)
-			}
-		}
-		if resp, err = o.do(ctx, "POST", r.url, h, nil); err == nil {
-			break
-		}
-		if fresh || !errors.Is(err, errStale) || ctx.Err() != nil { // else the server had closed it meanwhile
-			return nil, fail(err)
-		}
+	// The transport hands out the connection after the switch only as the body, which has
+	// no deadlines; the trace tells which connection it is.
+	var mu sync.Mutex
+	var under net.Conn
+	tctx := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		mu.Lock()
+		under = i.Conn
+		mu.Unlock()
+	}})
+	req, err := http.NewRequestWithContext(tctx, http.MethodPost, r.url.String(), nil)
+	if err != nil {
+		return nil, fail(err)
 	}
-	if resp.Status != http.StatusSwitchingProtocols {
-		defer o.Close()
-		stop := context.AfterFunc(ctx, func() { o.Close() })
-		defer stop()
+	req.Header.Set("Upgrade", upgradeProtocol)
+	req.Header.Set("Connection", "upgrade")
+	req.Header.Set(handshakeHeader, base64.StdEncoding.EncodeToString(init))
+	resp, err := t.RoundTrip(req)
+	if err != nil {
+		return nil, fail(err)
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		defer resp.Body.Close()
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, 200))
-		if resp.Status == http.StatusTooManyRequests || resp.Status == http.StatusServiceUnavailable {
-			return nil, fail(&RateLimitError{Path: upgradePath, Status: resp.Status, Text: excerpt(b), RetryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now())})
+		if resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable {
+			return nil, fail(&RateLimitError{Path: upgradePath, Status: resp.StatusCode, Text: excerpt(b), RetryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now())})
 		}
-		return nil, fail(fmt.Errorf("%w: want HTTP status 101, got %d %s: %s", ErrNotControl, resp.Status, resp.Reason, excerpt(b)))
+		return nil, fail(fmt.Errorf("%w: want HTTP status 101, got %s: %s", ErrNotControl, resp.Status, excerpt(b)))
 	}
-	if p := resp.Header.Get("Upgrade"); !strings.EqualFold(p, upgradeProtocol) {
-		o.Close()
+	body, ok := resp.Body.(io.ReadWriteCloser)
+	mu.Lock()
+	conn := &switched{Conn: under, body: body}
+	mu.Unlock()
+	if p := resp.Header.Get("Upgrade"); !ok || !strings.EqualFold(p, upgradeProtocol) {
+		resp.Body.Close()
 		return nil, fail(fmt.Errorf("%w: it switched to the protocol %q", ErrNotControl, p))
 	}
-	nc, err := finish(ctx, o)
+	nc, err := finish(ctx, conn)
 	if err != nil {
-		o.Close()
+		conn.Close()
 		return nil, fail(err)
 	}
 	return nc, nil
 }
 
-// takeSpare returns the key fetch's connection, if it leads where r does.
-func (c *Client) takeSpare(r route) *outer {
-	o := c.spare.Load()
-	if o == nil || r.ip.IsValid() || o.scheme != r.url.Scheme || o.host != hostPort(r.url) || !c.spare.CompareAndSwap(o, nil) {
-		return nil
+// switched is a connection after HTTP's switch of protocols: reads go through the body, which
+// holds what was read ahead.
+type switched struct {
+	net.Conn
+	body io.ReadWriteCloser
+}
+
+func (s *switched) Read(p []byte) (int, error)  { return s.body.Read(p) }
+func (s *switched) Write(p []byte) (int, error) { return s.body.Write(p) }
+func (s *switched) Close() error                { return s.body.Close() }
+
+// hostPort returns u's host and port as net.Dial takes them.
+func hostPort(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
 	}
-	return o
+	return net.JoinHostPort(u.Hostname(), port)
 }

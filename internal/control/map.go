@@ -54,7 +54,7 @@ func (c *Client) Map(ctx context.Context, req *tailcfg.MapRequest, on func(*tail
 		return err
 	}
 	defer resp.Body.Close()
-	if resp.Status != http.StatusOK {
+	if resp.StatusCode != http.StatusOK {
 		return httpError(path, resp, time.Now())
 	}
 	dec := newFrames(&watched{resp.Body, dog})
@@ -104,7 +104,7 @@ func (c *Client) Update(ctx context.Context, req *tailcfg.MapRequest) error {
 		if err != nil {
 			return err
 		}
-		if resp.Status != http.StatusOK {
+		if resp.StatusCode != http.StatusOK {
 			return httpError(path, resp, time.Now())
 		}
 		defer resp.Body.Close()

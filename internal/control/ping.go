@@ -8,12 +8,9 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/netip"
-	"net/url"
 	"strings"
 	"time"
 
-	"github.com/tailnode/tailnode/internal/http1"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -80,31 +77,23 @@ func (c *Client) AnswerPing(ctx context.Context, p *tailcfg.PingRequest, ping fu
 }
 
 // answer makes a request to a URL that control named, within the channel or outside.
-func (c *Client) answer(ctx context.Context, method, rawURL string, body []byte, inside bool) error {
-	u, err := url.Parse(rawURL)
-	if err == nil && !inside && (u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
-		err = fmt.Errorf("not a URL for this: %q", rawURL)
-	}
+func (c *Client) answer(ctx context.Context, method, url string, body []byte, inside bool) error {
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("control: ping: %w", err)
 	}
+	do := c.outer.RoundTrip
 	if inside {
 		// Whatever host the URL names: there is only one at the other end.
-		resp, err := c.do(ctx, method, u.RequestURI(), nil, body)
-		if err != nil {
-			return fmt.Errorf("control: ping: %w", err)
-		}
-		io.Copy(io.Discard, io.LimitReader(resp.Body, maxErrorText))
-		return resp.Body.Close()
+		do = c.do
+		req.URL.Scheme, req.URL.Host = "https", c.base.Host
 	}
-	o, err := c.openOuter(ctx, u, netip.Addr{})
+	resp, err := do(req)
 	if err != nil {
 		return fmt.Errorf("control: ping: %w", err)
 	}
-	defer o.Close()
-	if _, err := o.do(ctx, method, u, nil, body); err != nil {
-		return fmt.Errorf("control: ping: %w", err)
-	}
+	io.Copy(io.Discard, io.LimitReader(resp.Body, maxErrorText))
+	resp.Body.Close()
 	return nil
 }
 
@@ -113,15 +102,23 @@ func (c *Client) answer(ctx context.Context, method, rawURL string, body []byte,
 // feature gives.
 func c2n(payload []byte) []byte {
 	status, body := c2nAnswer(payload)
-	return http1.AppendResponse(nil, status, http.StatusText(status), http1.Header{{Name: "Content-Type", Value: "text/plain; charset=utf-8"}}, body)
+	resp := &http.Response{
+		StatusCode: status, ProtoMajor: 1, ProtoMinor: 1,
+		Header:        http.Header{"Content-Type": {"text/plain; charset=utf-8"}},
+		Body:          io.NopCloser(bytes.NewReader(body)),
+		ContentLength: int64(len(body)),
+	}
+	var b bytes.Buffer
+	resp.Write(&b)
+	return b.Bytes()
 }
 
 func c2nAnswer(payload []byte) (status int, body []byte) {
-	req, err := http1.ReadRequest(bufio.NewReader(bytes.NewReader(payload)))
+	req, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(payload)))
 	if err != nil {
 		return http.StatusBadRequest, []byte("malformed request\n")
 	}
-	if path, _, _ := strings.Cut(req.Target, "?"); path != "/echo" {
+	if req.URL.Path != "/echo" {
 		return http.StatusBadRequest, []byte("unknown c2n path\n")
 	}
 	body, err = io.ReadAll(io.LimitReader(req.Body, maxC2N))

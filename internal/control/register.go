@@ -29,7 +29,7 @@ func (c *Client) Register(ctx context.Context, req *tailcfg.RegisterRequest) (*t
 	if err != nil {
 		return nil, err
 	}
-	if resp.Status != http.StatusOK {
+	if resp.StatusCode != http.StatusOK {
 		err := httpError(path, resp, time.Now())
 		if h, ok := errors.AsType[*HTTPError](err); ok && h.Text != "" && h.Status >= 400 && h.Status < 500 && h.Status != http.StatusRequestTimeout {
 			// Some servers refuse by status. A long poll that ran out is no refusal.

@@ -13,12 +13,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/tailnode/tailnode/internal/http1"
 	"github.com/tailnode/tailnode/internal/stun"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -127,12 +127,13 @@ func latencyCheck(ctx context.Context, conn net.Conn, n *tailcfg.DERPNode, roots
 		return 0, err
 	}
 	d := time.Since(start)
-	resp, err := http1.ReadResponse(br, "GET")
+	resp, err := http.ReadResponse(br, nil)
 	if err != nil {
 		return 0, err
 	}
-	if resp.Status != 200 {
-		return 0, fmt.Errorf("netcheck: HTTP status %d", resp.Status)
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return 0, fmt.Errorf("netcheck: HTTP status %d", resp.StatusCode)
 	}
 	return d, nil
 }
@@ -195,9 +196,10 @@ func (c *check) askCaptive(n *tailcfg.DERPNode) (found bool, err error) {
 	if _, err := io.WriteString(conn, req); err != nil {
 		return false, err
 	}
-	resp, err := http1.ReadResponse(bufio.NewReader(io.LimitReader(conn, 64<<10)), "GET")
+	resp, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, 64<<10)), nil)
 	if err != nil {
 		return false, err
 	}
-	return resp.Status != 204 || resp.Header.Get("X-Tailscale-Response") != "response "+challenge, nil
+	resp.Body.Close()
+	return resp.StatusCode != http.StatusNoContent || resp.Header.Get("X-Tailscale-Response") != "response "+challenge, nil
 }

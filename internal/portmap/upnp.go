@@ -8,13 +8,12 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
 	"net/netip"
 	"sort"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/tailnode/tailnode/internal/http1"
 )
 
 const (
@@ -54,7 +53,7 @@ func (c *Client) exchange(ctx context.Context, at netip.AddrPort, req []byte) (s
 	if _, err := conn.Write(req); err != nil {
 		return 0, nil, err
 	}
-	resp, err := http1.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxBody)), "GET")
+	resp, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxBody)), nil)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -62,7 +61,7 @@ func (c *Client) exchange(ctx context.Context, at netip.AddrPort, req []byte) (s
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) { // some do not count well
 		return 0, nil, err
 	}
-	return resp.Status, body, nil
+	return resp.StatusCode, body, nil
 }
 
 // describe fetches the description at u from the router and returns its services, those first that say that they are connected.
@@ -72,7 +71,7 @@ func (c *Client) describe(ctx context.Context, gw netip.Addr, u location) ([]ser
 	if err != nil {
 		return nil, err
 	}
-	if status != 200 {
+	if status != http.StatusOK {
 		return nil, fmt.Errorf("%w: HTTP status %d", ErrNoService, status)
 	}
 	services := parseDescription(body, at, u.path)
@@ -107,7 +106,7 @@ func (c *Client) call(ctx context.Context, s service, action string, args ...str
 	if err != nil {
 		return nil, err
 	}
-	if status != 200 {
+	if status != http.StatusOK {
 		if code, ok := element(body, "errorCode"); ok {
 			if n, err := strconv.Atoi(code); err == nil {
 				return nil, fmt.Errorf("portmap: %s: %w", action, upnpError(n))

@@ -1,5 +1,6 @@
-// Package proxy opens streams by way of the proxy that the environment names (HTTPS_PROXY, HTTP_PROXY, NO_PROXY): an HTTP
-// proxy, by the method CONNECT (RFC 9110 §9.3.6), or a SOCKS5 proxy (RFC 1928). Control and relays are reached through it.
+// Package proxy opens streams by way of the HTTP proxy that the environment names (HTTPS_PROXY, HTTP_PROXY, NO_PROXY), with
+// the method CONNECT (RFC 9110 §9.3.6). Control is reached through net/http, which does this by itself; this is for relays,
+// which are not spoken to by a net/http client.
 package proxy
 
 import (
@@ -61,10 +62,8 @@ func Dial(ctx context.Context, dial func(ctx context.Context, network, addr stri
 		port = "80"
 	case "https":
 		port = "443"
-	case "socks5", "socks5h":
-		port = "1080"
 	default:
-		return nil, fmt.Errorf("proxy: %q is not a kind of proxy that is spoken to", p.Scheme)
+		return nil, fmt.Errorf("proxy: %q is not a kind of proxy that relays can be reached through", p.Scheme)
 	}
 	if strings.ContainsFunc(target, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
 		return nil, fmt.Errorf("proxy: %q is not a host and port", target)
@@ -90,9 +89,6 @@ func Dial(ctx context.Context, dial func(ctx context.Context, network, addr stri
 }
 
 func connect(ctx context.Context, c net.Conn, p *url.URL, roots *x509.CertPool, target string) (net.Conn, error) {
-	if strings.HasPrefix(p.Scheme, "socks5") {
-		return c, socks(c, p, target)
-	}
 	if p.Scheme == "https" {
 		tc := tls.Client(c, &tls.Config{ServerName: p.Hostname(), RootCAs: roots, MinVersion: tls.VersionTLS12})
 		if err := tc.HandshakeContext(ctx); err != nil {

@@ -62,7 +62,7 @@ func TestDial(t *testing.T) {
 		{"is something else", "http://proxy.example:3128", "SSH-2.0-x\r\n\r\n", "r.example:443", "CONNECT", "does not speak HTTP"},
 		{"is endless", "http://proxy.example:3128", "HTTP/1.1 200 " + strings.Repeat("x", 1<<14), "r.example:443", "CONNECT", "endless"},
 		{"hangs up", "http://proxy.example:3128", "HTTP/1.1 200 OK\r\n", "r.example:443", "CONNECT", "no answer"},
-		{"of another kind", "ftp://proxy.example:3128", "", "r.example:443", "", "ftp"},
+		{"of another kind", "socks5://proxy.example:3128", "", "r.example:443", "", "socks5"},
 		{"target splits the request", "http://proxy.example:3128", "", "r.example:443\r\nX: y", "", "not a host"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
