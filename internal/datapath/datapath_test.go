@@ -32,6 +32,7 @@ type end struct {
 	build *netmap.Builder
 	a4    netip.Addr
 	a6    netip.Addr
+	relay *server.Server
 }
 
 func addrs(id int) (a4, a6 netip.Addr) {
@@ -80,7 +81,7 @@ func newPair(t testing.TB) (a, b *end) {
 	up := make(chan struct{}, 16)
 	ends := [2]*end{}
 	for i := range ends {
-		e := &end{t: t, id: i + 1, key: key.NewNode(), disco: key.NewDisco(), build: netmap.NewBuilder()}
+		e := &end{t: t, id: i + 1, key: key.NewNode(), disco: key.NewDisco(), build: netmap.NewBuilder(), relay: relay}
 		e.a4, e.a6 = addrs(e.id)
 		e.Engine, err = New(Config{NodeKey: e.key, DiscoKey: e.disco, RelayState: func(_ int, connected bool, _ error) {
 			if connected {
