@@ -19,8 +19,9 @@ const (
 	sealing     = 32
 	baseMessage = BaseMTU + sealing
 
-	// leastBulk is how much data must be handed over at once for longer packets to be worth a probe.
-	leastBulk = 16 << 10
+	// leastBulk is how much must be sent within bulkFor for longer packets to be worth a probe.
+	leastBulk = 64 << 10
+	bulkFor   = time.Second
 	// bulkEvery is how often the machine is told that such traffic goes on, and then tries whether the size in use still passes.
 	bulkEvery = 500 * time.Millisecond
 	// sizeWait is how long a padded ping may take at the least, in round trips sizeTrips.
@@ -213,7 +214,7 @@ func (mc *machine) sizeTick(now time.Time) {
 }
 
 // MTU returns how long a packet inside the tunnel may be, in bytes, by the path that is in use now: at least [BaseMTU]. n is how
-// much is to be sent at once to a receiver that takes packets of any size; if that is much, and goes on, what the path carries is found out.
+// much is to be sent at once to a receiver that takes packets of any size; once that is much, what the path carries is found out.
 func (p *Peer) MTU(n int) int {
 	now := p.m.now()
 	rt := p.route.Load()
@@ -223,12 +224,20 @@ func (p *Peer) MTU(n int) int {
 		}
 		return BaseMTU
 	}
-	if n >= leastBulk || rt.size > 0 && n > BaseMTU {
+	if n > BaseMTU && (rt.size > 0 || p.isBulk(now, n)) {
 		if told := p.bulkAt.Load(); (told == 0 || now-told >= int64(bulkEvery)) && p.bulkAt.CompareAndSwap(told, max(now, 1)) {
 			p.tell(flagBulk)
 		}
 	}
 	return max(rt.size-sealing, BaseMTU)
+}
+
+// isBulk counts what is sent, and reports whether it is much.
+func (p *Peer) isBulk(now int64, n int) bool {
+	if from := p.bulkFrom.Load(); (from == 0 || now-from > int64(bulkFor)) && p.bulkFrom.CompareAndSwap(from, max(now, 1)) {
+		p.bulkSum.Store(0)
+	}
+	return p.bulkSum.Add(int64(n)) >= leastBulk
 }
 
 // carries reports whether the path is known to carry messages of n bytes.

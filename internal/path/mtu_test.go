@@ -227,6 +227,25 @@ func TestSizeIsOfThePath(t *testing.T) {
 	}
 }
 
+func TestIsBulk(t *testing.T) {
+	var p Peer
+	at := func(d time.Duration) int64 { return int64(d) + 1 }
+	for i := range 20 { // 12 KB a second
+		if p.isBulk(at(time.Duration(i)*200*time.Millisecond), 2400) {
+			t.Fatal("a trickle is taken for bulk")
+		}
+	}
+	n := 0
+	for i := range 100 { // as acknowledgements let it go
+		if p.isBulk(at(10*time.Second+time.Duration(i)*time.Millisecond), 2400) {
+			n++
+		}
+	}
+	if n < 70 {
+		t.Errorf("2.4 MB/s were taken for bulk %d times of 100", n)
+	}
+}
+
 func TestRouteCarries(t *testing.T) {
 	for _, tc := range []struct {
 		size, n int

@@ -185,12 +185,14 @@ type Peer struct {
 	told      atomic.Int64          // when the owner was last told of traffic, since Manager.start
 	heardAt   atomic.Int64          // when the path in use last showed life, since Manager.start
 	bulkAt    atomic.Int64          // when the owner was last told of bulk traffic, since Manager.start
-	doubt     atomic.Int64          // until when data goes by the relay as well, since Manager.start
-	flags     atomic.Uint32         // what the owner has not yet looked at
-	active    atomic.Bool           // it has a machine
-	relayedAt atomic.Int64          // when data by a relay last raised a doubt, since Manager.start
-	why       atomic.Uint32         // why there is no direct path
-	sibling   *Peer                 // guarded by Manager.mu
+	bulkFrom  atomic.Int64          // since when bulkSum counts, since Manager.start
+	bulkSum   atomic.Int64
+	doubt     atomic.Int64  // until when data goes by the relay as well, since Manager.start
+	flags     atomic.Uint32 // what the owner has not yet looked at
+	active    atomic.Bool   // it has a machine
+	relayedAt atomic.Int64  // when data by a relay last raised a doubt, since Manager.start
+	why       atomic.Uint32 // why there is no direct path
+	sibling   *Peer         // guarded by Manager.mu
 }
 
 // goneBit marks a home region whose relay said that the peer is not there.

@@ -73,8 +73,8 @@ type Sourcer interface {
 
 // A Source yields the packets of one [Peer.Send].
 type Source interface {
-	// Next writes the next plaintext IP packet into dst, whose length is the MTU, and returns
-	// the packet's length; 0 means that there are no more. It may use all of dst as scratch
+	// Next writes the next plaintext IP packet into dst, whose length is the MTU, or what
+	// [Peer.SendSized] was given if that is more, and returns the packet's length; 0 means that there are no more. It may use all of dst as scratch
 	// space. It is called with the peer's send lock held: it must not call the peer's Send.
 	Next(dst []byte) int
 }
