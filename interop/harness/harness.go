@@ -34,6 +34,7 @@ type NodeConfig struct {
 	AuthKey    string
 	Ephemeral  bool
 	Logf       func(format string, args ...any) // nil is silent
+	Port       uint16                           // UDP, 0 for any
 	PeerRelay  *uint16                          // if not nil, relay for others on that port
 }
 

@@ -25,7 +25,7 @@ func OurNode(c NodeConfig) (Node, error) {
 	}
 	return &ourNode{&tailnode.Server{
 		Dir: c.Dir, Hostname: c.Hostname, ControlURL: c.ControlURL, AuthKey: c.AuthKey, Ephemeral: c.Ephemeral,
-		Logf: logf, UserLogf: logf, RelayServerPort: c.PeerRelay,
+		Logf: logf, UserLogf: logf, Port: c.Port, RelayServerPort: c.PeerRelay,
 	}}, nil
 }
 

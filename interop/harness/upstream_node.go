@@ -42,7 +42,7 @@ func UpstreamNode(c NodeConfig) (Node, error) {
 	}
 	return &upstreamNode{peerRelay: c.PeerRelay, srv: &tsnet.Server{
 		Dir: c.Dir, Hostname: c.Hostname, ControlURL: c.ControlURL, AuthKey: c.AuthKey, Ephemeral: c.Ephemeral,
-		Logf: logf, UserLogf: logf,
+		Logf: logf, UserLogf: logf, Port: c.Port,
 	}}, nil
 }
 

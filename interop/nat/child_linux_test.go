@@ -11,6 +11,7 @@ import (
 	"log"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"sync"
 	"time"
@@ -51,7 +52,9 @@ type (
 	}
 	upArgs struct {
 		Hostname, Control, AuthKey, Dir string
+		Port                            uint16
 		PeerRelay                       *uint16
+		Env                             []string // of the process
 	}
 	// grantArgs lets the nodes of Src use the peer relay that Dst is.
 	grantArgs struct{ Src, Dst []string }
@@ -188,6 +191,8 @@ func (c *child) do(ctx context.Context, r request) (any, error) {
 		})
 	case "coord":
 		return with(r, func(a coordArgs) (any, error) { return nil, c.startCoord(ctx, a) })
+	case "proxy":
+		return with(r, func(addr string) (any, error) { return nil, c.proxy(addr) })
 	case "authkey":
 		return c.coord.CreateAuthKey(coord.AuthKeyOptions{})
 	case "grant":
@@ -272,12 +277,44 @@ func (c *child) grant(grants []grantArgs) error {
 	return c.coord.SetFilter(f)
 }
 
+// proxy serves CONNECT at addr.
+func (c *child) proxy(addr string) error {
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	go http.Serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodConnect {
+			http.Error(w, "CONNECT alone", http.StatusMethodNotAllowed)
+			return
+		}
+		far, err := net.DialTimeout("tcp", r.Host, 5*time.Second)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer far.Close()
+		near, buf, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return
+		}
+		defer near.Close()
+		io.WriteString(near, "HTTP/1.1 200 OK\r\n\r\n")
+		go func() {
+			io.Copy(far, buf)
+			far.Close()
+		}()
+		io.Copy(near, far)
+	}))
+	return nil
+}
+
 func (c *child) up(ctx context.Context, a upArgs) (any, error) {
 	mk := harness.OurNode
 	if c.who == "upstream" {
 		mk = harness.UpstreamNode
 	}
-	n, err := mk(harness.NodeConfig{Hostname: a.Hostname, ControlURL: a.Control, AuthKey: a.AuthKey, Dir: a.Dir, Logf: c.logf, PeerRelay: a.PeerRelay})
+	n, err := mk(harness.NodeConfig{Hostname: a.Hostname, ControlURL: a.Control, AuthKey: a.AuthKey, Dir: a.Dir, Logf: c.logf, Port: a.Port, PeerRelay: a.PeerRelay})
 	if err != nil {
 		return nil, err
 	}

@@ -216,6 +216,9 @@ type kind struct {
 	carrier bool // another NAT behind the first, at the carrier
 	fw      bool // nothing comes in that was not asked for
 	noUDP   bool
+	full    bool   // what comes for any port of the router's goes to the first host's: with cone, a full cone
+	forward int    // what comes for this UDP port does
+	only    string // nothing else gets out, as a rule
 }
 
 type natKind int
@@ -236,7 +239,16 @@ func (k kind) rules() string {
 	case symmetric:
 		b.WriteString(masquerade("random,fully-random"))
 	}
+	if ports := k.forwarded(); ports != "" {
+		b.WriteString("table ip static {\nchain pre {\ntype nat hook prerouting priority dstnat\niifname \"wan\" udp dport " + ports + " dnat to 192.168.1.10\n}\n}\n")
+	}
 	b.WriteString("table inet fw {\nchain forward {\ntype filter hook forward priority filter\n")
+	if k.only != "" {
+		b.WriteString("iifname \"lan\" " + k.only + " accept\niifname \"lan\" drop\n")
+	}
+	if k.forwarded() != "" {
+		b.WriteString("ct status dnat accept\n")
+	}
 	if k.noUDP {
 		b.WriteString("meta l4proto udp drop\n")
 	}
@@ -245,6 +257,17 @@ func (k kind) rules() string {
 	}
 	b.WriteString("}\nchain input {\ntype filter hook input priority filter\niifname \"wan\" ct state new drop\n}\n}\n")
 	return b.String()
+}
+
+// forwarded returns the UDP ports that lead to the first host.
+func (k kind) forwarded() string {
+	switch {
+	case k.full:
+		return "1024-65535"
+	case k.forward != 0:
+		return strconv.Itoa(k.forward)
+	}
+	return ""
 }
 
 func masquerade(how string) string {
@@ -267,27 +290,79 @@ const routing = `
 	echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 `
 
-// newSite makes a site of a kind.
-func (l *lab) newSite(k kind) *site {
+// shared is a carrier's NAT with several homes behind it. Each has a block of ports to itself (RFC 7422), in which whatever comes is
+// passed on: to the outside it is a full cone, and the homes' own NATs filter.
+type shared struct {
+	l     *lab
+	n     int
+	homes []int
+	made  int // of them
+}
+
+// newCarrier makes one; if it hairpins, what a home sends to another's port comes back in.
+func (l *lab) newCarrier(hairpin bool) *shared {
 	l.t.Helper()
 	l.mu.Lock()
-	l.sites++
-	s := &site{l: l, n: l.sites, kind: k}
+	c := &shared{l: l, n: l.sites + 1, homes: []int{l.sites + 2, l.sites + 3}}
+	l.sites += 3
 	l.mu.Unlock()
+	l.namespace(c.name())
+	l.uplink(c.n, c.name())
+	l.sh(c.name(), routing)
+	ext := fmt.Sprintf("198.18.%d.2", c.n)
+	in := "iifname \"wan\" "
+	if hairpin {
+		in = ""
+	}
+	pre := ""
+	for i, h := range c.homes {
+		pre += fmt.Sprintf("%sip daddr %s udp dport %d-%d dnat to 100.127.%d.2\n", in, ext, c.ports(i), c.ports(i)+999, h)
+	}
+	l.nft(c.name(), "table ip nat {\nchain pre {\ntype nat hook prerouting priority dstnat\n"+pre+"}\n"+
+		"chain post {\ntype nat hook postrouting priority srcnat\noifname \"wan\" masquerade\n"+
+		"ip saddr 100.127.0.0/16 ip daddr 100.127.0.0/16 ct status dnat snat to "+ext+"\n}\n}\n")
+	return c
+}
+
+func (c *shared) name() string { return fmt.Sprintf("carrier%d", c.n) }
+
+// ports returns the first of the thousand ports of home i.
+func (c *shared) ports(i int) int { return 20000 + 10000*i }
+
+// newHomes makes the homes of a carrier, each with a NAT of its own.
+func (l *lab) newHomes(c *shared) (homes [2]*site) {
+	for i := range homes {
+		homes[i] = l.newSiteBehind(kind{name: "home", v4: true, nat: cone}, c)
+		homes[i].rebind(c.ports(i)) // into its block
+	}
+	return homes
+}
+
+// newSite makes a site of a kind.
+func (l *lab) newSite(k kind) *site { return l.newSiteBehind(k, nil) }
+
+func (l *lab) newSiteBehind(k kind, c *shared) *site {
+	l.t.Helper()
+	s := &site{l: l, kind: k}
+	if c != nil {
+		s.n, c.made = c.homes[c.made], c.made+1
+	} else {
+		l.mu.Lock()
+		l.sites++
+		s.n = l.sites
+		l.mu.Unlock()
+	}
 	l.namespace(s.router())
-	if k.carrier {
+	switch {
+	case c != nil:
+		l.behind(c.name(), s)
+	case k.carrier:
 		l.namespace(s.carrier())
 		l.uplink(s.n, s.carrier())
-		l.sh("", fmt.Sprintf("ip -n %s link add home type veth peer name wan netns %s", l.ns(s.carrier()), l.ns(s.router())))
-		l.sh(s.carrier(), routing+fmt.Sprintf(`
-			ip addr add 100.127.%d.1/30 dev home
-			ip link set home up`, s.n))
-		l.sh(s.router(), fmt.Sprintf(`
-			ip addr add 100.127.%[1]d.2/30 dev wan
-			ip link set wan up
-			ip route add default via 100.127.%[1]d.1`, s.n))
+		l.sh(s.carrier(), routing)
+		l.behind(s.carrier(), s)
 		l.nft(s.carrier(), kind{nat: cone}.rules())
-	} else {
+	default:
 		l.uplink(s.n, s.router())
 	}
 	l.sh(s.router(), routing+"ip link add lan type bridge\nip link set lan up\n")
@@ -303,6 +378,19 @@ func (l *lab) newSite(k kind) *site {
 	}
 	l.nft(s.router(), k.rules())
 	return s
+}
+
+// behind joins a site's router to a carrier's.
+func (l *lab) behind(carrier string, s *site) {
+	l.t.Helper()
+	l.sh("", fmt.Sprintf("ip -n %s link add home%d type veth peer name wan netns %s", l.ns(carrier), s.n, l.ns(s.router())))
+	l.sh(carrier, fmt.Sprintf(`
+		ip addr add 100.127.%[1]d.1/30 dev home%[1]d
+		ip link set home%[1]d up`, s.n))
+	l.sh(s.router(), fmt.Sprintf(`
+		ip addr add 100.127.%[1]d.2/30 dev wan
+		ip link set wan up
+		ip route add default via 100.127.%[1]d.1`, s.n))
 }
 
 // host makes a host in the site's network and returns the name of its namespace.
@@ -343,7 +431,7 @@ func (l *lab) startNode(ctx context.Context, s *site, who string, a upArgs) (*pr
 	if !s.kind.v4 {
 		control = "[" + serverIP6(coordSite) + "]"
 	}
-	p := startChild(l.t, l.ns(host), who)
+	p := startChild(l.t, l.ns(host), who, a.Env...)
 	p.host, p.site, p.name = host, s, a.Hostname
 	a.Control, a.AuthKey, a.Dir = fmt.Sprintf("http://%s:%d", control, coordPort), k, l.t.TempDir()
 	err := p.call(ctx, "up", a, &p.up)

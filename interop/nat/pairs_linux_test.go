@@ -193,7 +193,12 @@ func (p *parallel) run(f func() error) {
 }
 
 func checkPair(ctx context.Context, dialer, listener *proc) (result, error) {
-	r := result{dialer: dialer, listener: listener, want: haveDirect(dialer.site.kind, listener.site.kind)}
+	return meet(ctx, dialer, listener, haveDirect(dialer.site.kind, listener.site.kind))
+}
+
+// meet has one dial the other: they are to come to a direct path, or not, in both directions, and to exchange what they are to.
+func meet(ctx context.Context, dialer, listener *proc, direct bool) (result, error) {
+	r := result{dialer: dialer, listener: listener, want: direct}
 	wait := relayFor
 	if r.want {
 		wait = directWithin

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -32,14 +33,19 @@ type proc struct {
 }
 
 // startChild runs this test binary again in a namespace; it is gone when t ends.
-func startChild(t testing.TB, ns, who string) *proc {
+func startChild(t testing.TB, ns, who string, env ...string) *proc {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &proc{who: who, cmd: exec.Command("ip", "netns", "exec", ns, exe), done: make(chan struct{}), waiting: map[int]chan reply{}}
-	p.cmd.Env = append(os.Environ(), childEnv+"="+who)
+	for _, e := range os.Environ() {
+		if name, _, _ := strings.Cut(e, "="); !strings.HasSuffix(strings.ToLower(name), "_proxy") { // there is none in here
+			p.cmd.Env = append(p.cmd.Env, e)
+		}
+	}
+	p.cmd.Env = append(append(p.cmd.Env, childEnv+"="+who), env...)
 	p.cmd.Stderr = os.Stderr
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
