@@ -14,7 +14,7 @@ import (
 const (
 	logFrames = 1 // records, for the host's log callback
 	logLines  = 2 // text lines
-	authFrame = 4 // a socket for callbacks
+	authFrame = 4 // the socket for callbacks, whichever there are
 )
 
 // Types of message on the socket for callbacks.
@@ -26,38 +26,49 @@ const (
 
 // sink is where a node's diagnostics and its login URL go. It never blocks: what finds no room is dropped.
 type sink struct {
-	fd    int
-	mode  int64
-	level slog.Level
+	frames int // a socket, or -1
+	lines  int // a descriptor of the host's choice, or -1
+	mode   int64
+	level  slog.Level
 }
 
+// newSink takes fds over: the socket first, where mode asks for it, then the descriptor for lines.
 func newSink(fds []int, level int, mode int64) *sink {
-	k := &sink{fd: -1, mode: mode, level: slog.Level(level)}
-	for i, fd := range fds {
-		if i == 0 && mode != 0 {
-			k.fd = fd
-		} else {
-			unix.Close(fd)
+	k := &sink{frames: -1, lines: -1, mode: mode, level: slog.Level(level)}
+	take := func(to *int) {
+		if len(fds) > 0 {
+			*to, fds = fds[0], fds[1:]
 		}
+	}
+	if mode&authFrame != 0 {
+		take(&k.frames)
+	}
+	if mode&logLines != 0 {
+		take(&k.lines)
+	}
+	for _, fd := range fds {
+		unix.Close(fd)
 	}
 	return k
 }
 
 // close is called when nothing of the node runs any more.
 func (k *sink) close() {
-	if k.fd >= 0 {
-		unix.Close(k.fd)
+	for _, fd := range []int{k.frames, k.lines} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
 	}
 }
 
 func (k *sink) frame(typ uint32, level int32, text []byte) {
-	if k.fd < 0 || k.mode&authFrame == 0 {
+	if k.frames < 0 {
 		return
 	}
 	b := native.AppendUint32(make([]byte, 0, 8+len(text)), typ)
 	b = native.AppendUint32(b, uint32(level))
 	b = append(b, text[:min(len(text), maxFrameText)]...)
-	unix.SendmsgN(k.fd, b, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+	unix.SendmsgN(k.frames, b, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 }
 
 // authURL is the node's UserLogf, which is called with the URL alone.
@@ -70,7 +81,7 @@ func (k *sink) authURL(_ string, args ...any) {
 }
 
 func (k *sink) logger() *slog.Logger {
-	if k.fd < 0 || k.mode&(logFrames|logLines) == 0 {
+	if k.frames < 0 && k.lines < 0 || k.mode&(logFrames|logLines) == 0 {
 		return nil
 	}
 	return slog.New(&handler{k: k, text: slog.NewTextHandler(discard{}, nil)})
@@ -104,12 +115,12 @@ func (h *handler) Handle(ctx context.Context, r slog.Record) error {
 		return nil
 	}
 	// The descriptor is shared with the host, whose choice it is whether it blocks: poll first, and write no more than a pipe takes whole.
-	p := [1]unix.PollFd{{Fd: int32(h.k.fd), Events: unix.POLLOUT}}
+	p := [1]unix.PollFd{{Fd: int32(h.k.lines), Events: unix.POLLOUT}}
 	if n, _ := unix.Poll(p[:], 0); n == 1 && p[0].Revents&(unix.POLLERR|unix.POLLHUP|unix.POLLNVAL) == 0 {
 		if len(b) > 4096 {
 			b = append(b[:4095], '\n')
 		}
-		unix.Write(h.k.fd, b)
+		unix.Write(h.k.lines, b)
 	}
 	return nil
 }

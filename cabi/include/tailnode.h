@@ -45,7 +45,8 @@
  * gives TAILNODE_EXHAUSTED with sys_errno EAGAIN, and has done nothing: call it again later.
  *
  * FORK.  In the child of a fork without exec every function returns TAILNODE_FORKED at once and does nothing; the parent is
- * not disturbed. fork and exec is always safe; every descriptor of the library is close-on-exec.
+ * not disturbed. A program that forks before its first tailnode_new, to become a daemon, goes on as if it had not, unless the core is linked
+ * into it. fork and exec is always safe; every descriptor of the library is close-on-exec.
  *
  * SIGNALS.  The library installs no signal handler, blocks none and raises none, and none of its threads takes a signal of the host's, in
  * either mode; it never causes SIGPIPE. Writing with write(2) to a connection that is gone raises SIGPIPE as with every socket: use send(2) with
@@ -187,7 +188,7 @@ typedef struct tailnode_options {
 	const char *helper_path;   /* TAILNODE_ISOLATED: the helper program; NULL: $TAILNODE_HELPER, then tailnode-helper beside this library, then where it was installed */
 	uint32_t    port;          /* UDP port for direct traffic; 0: the system chooses */
 
-	/* Logs: text lines to log_fd (> 0; the library keeps a duplicate; a line that would block is dropped), or records to log. NULL and 0: silent. */
+	/* Logs: records to log, else text lines to log_fd (> 0; the library keeps a duplicate; a line that would block is dropped). NULL and 0: silent. */
 	int32_t     log_level;     /* the least level that is logged */
 	int32_t     log_fd;
 	/* Callbacks run on one thread of the library's own, one at a time, with all signals blocked; that thread exists only if one is

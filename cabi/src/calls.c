@@ -43,6 +43,7 @@ static int make(const tailnode_options *given, struct node **out, tailnode_error
 	NEED(o.memory_limit >= 0 && o.max_procs >= 0 && o.gc_percent >= -1, "a limit of the runtime is negative");
 	NEED(o.log_fd >= 0, "log_fd is negative");
 
+	tn_used = 1;
 	struct node *n = calloc(1, sizeof *n);
 	if (!n)
 		return tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
@@ -61,12 +62,19 @@ static int make(const tailnode_options *given, struct node **out, tailnode_error
 	int code = 0;
 	if (o.helper_path && !(n->helper_path = strdup(o.helper_path)))
 		code = tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
-	if (!code && o.log_fd > 0 && (n->log_fd = fcntl(o.log_fd, F_DUPFD_CLOEXEC, 3)) < 0)
+	if (!code && o.log_fd > 0 && !o.log && (n->log_fd = fcntl(o.log_fd, F_DUPFD_CLOEXEC, 3)) < 0)
 		code = tn_fail(err, errno == EBADF ? TAILNODE_INVALID_ARGUMENT : TAILNODE_EXHAUSTED, errno, "tailnode: log_fd: %s", strerror(errno));
 	bool framed = o.log || o.auth_url;
+	// Read here, for a Go runtime sees the environment as it was when the process started.
+	if (!o.auth_key || !*o.auth_key)
+		o.auth_key = secure_getenv("TS_AUTHKEY");
+	if (!o.auth_key || !*o.auth_key)
+		o.auth_key = secure_getenv("TS_AUTH_KEY");
+	if (!o.control_url || !*o.control_url)
+		o.control_url = secure_getenv("TS_CONTROL_URL");
 	struct args a = {
 	    .kind = K_NEW,
-	    .arg = {o.flags, o.port, o.log_level, (o.log ? 1 : 0) | (n->log_fd >= 0 && !framed ? 2 : 0) | (framed ? 4 : 0), o.memory_limit, o.gc_percent, o.max_procs},
+	    .arg = {o.flags, o.port, o.log_level, (o.log ? 1 : 0) | (n->log_fd >= 0 ? 2 : 0) | (framed ? 4 : 0), o.memory_limit, o.gc_percent, o.max_procs},
 	    .str = {o.dir, o.hostname, o.auth_key, o.control_url, o.tags, o.root_ca_pem},
 	    .strings = 6,
 	};

@@ -36,6 +36,8 @@ void tn_core_in_child(void) {
 			close(core_fds[i] - 1);
 }
 
+bool tn_core_linked(void) { return tailnode_core_serve != NULL; }
+
 static void note_fd(int fd) {
 	for (int i = 0; i < MAX_CORES; i++) {
 		int zero = 0;
@@ -164,13 +166,38 @@ static int enter_go(int (*serve)(int), int fd) {
 	return e.result;
 }
 
+static void *wait_for(void *gate) {
+	pthread_mutex_lock(gate);
+	pthread_mutex_unlock(gate);
+	return NULL;
+}
+
+// A Go runtime that cannot start a thread ends the process. So it is tried before, with as many as it starts with and some more.
+static int threads_left(void) {
+	enum { SOME = 12 };
+	pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+	pthread_t t[SOME];
+	int n = 0, e = 0;
+	sigset_t all, old;
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &old);
+	pthread_mutex_lock(&gate); // they stay until all are there
+	while (n < SOME && !(e = pthread_create(&t[n], NULL, wait_for, &gate)))
+		n++;
+	pthread_mutex_unlock(&gate);
+	for (int i = 0; i < n; i++)
+		pthread_join(t[i], NULL);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	return e;
+}
+
 int tn_core_in_process(struct core **out, tailnode_error *err) {
 	pthread_mutex_lock(&cores_mu);
 	int code = 0;
 	if (!in_process) {
 		int (*serve)(int) = NULL;
-		int pair[2];
-		code = find_serve(&serve, err);
+		int pair[2], left = threads_left();
+		code = left ? tn_fail(err, TAILNODE_EXHAUSTED, left, "tailnode: the core cannot have its threads: %s", strerror(left)) : find_serve(&serve, err);
 		if (!code && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 			code = tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: socketpair: %s", strerror(errno));
 		else if (!code) {
@@ -291,7 +318,7 @@ int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
 	struct core *c = e ? NULL : new_core(pair[0], pid);
 	if (!c) {
 		close(pair[0]);
-		return tn_fail(err, e == ENOENT || e == EACCES ? TAILNODE_UNSUPPORTED : TAILNODE_EXHAUSTED, e ? e : ENOMEM,
+		return tn_fail(err, e == ENOENT || e == EACCES || e == ENOEXEC ? TAILNODE_UNSUPPORTED : TAILNODE_EXHAUSTED, e ? e : ENOMEM,
 		               "tailnode: the helper %s cannot be started: %s", path, strerror(e ? e : ENOMEM));
 	}
 	*out = c;

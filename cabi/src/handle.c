@@ -64,11 +64,13 @@ int tn_fail(tailnode_error *err, int code, int sys_errno, const char *format, ..
 
 // ---- fork ----
 
-volatile int tn_forked;
+volatile int tn_forked, tn_used;
 
 static void in_child(void) {
-	tn_forked = 1;
-	tn_core_in_child();
+	if (tn_used || tn_core_linked()) { // else nothing was there to be torn apart: a daemon may fork first
+		tn_forked = 1;
+		tn_core_in_child();
+	}
 }
 
 __attribute__((constructor)) static void at_load(void) { pthread_atfork(NULL, NULL, in_child); }

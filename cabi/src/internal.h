@@ -56,6 +56,7 @@ HIDDEN void tn_set(tailnode_error *err, int code, int sys_errno, const char *tex
 // ---- fork ----
 
 extern HIDDEN volatile int tn_forked;
+extern HIDDEN volatile int tn_used; // a node was made, or tried to
 #define CHECK_FORK(err)                                                                                            \
 	do {                                                                                                       \
 		if (tn_forked)                                                                                     \
@@ -90,6 +91,7 @@ HIDDEN int tn_core_in_process(struct core **out, tailnode_error *err);
 HIDDEN int tn_core_spawn(const char *path, struct core **out, tailnode_error *err);
 HIDDEN void tn_core_unref(struct core *c);
 HIDDEN void tn_core_in_child(void);
+HIDDEN bool tn_core_linked(void); // the core is in this program from its start, and its runtime has threads
 // Sends one message with up to two descriptors; they stay the caller's. Returns 0 or an errno; EAGAIN only if it may not wait.
 HIDDEN int tn_core_send(struct core *c, const void *msg, size_t len, const int *fds, int nfds, bool wait);
 

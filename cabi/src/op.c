@@ -67,9 +67,9 @@ static int attach(struct node *n, tailnode_error *err) {
 			return tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: the thread for callbacks cannot be started: %s", strerror(e));
 		}
 		fds[nfds++] = pair[1];
-	} else if (n->log_fd >= 0) {
-		fds[nfds++] = n->log_fd;
 	}
+	if (n->log_fd >= 0)
+		fds[nfds++] = n->log_fd;
 	e = tn_core_send(c, n->open_msg, n->open_len, fds, nfds, true);
 	if (pair[1] >= 0)
 		close(pair[1]); // on failure the thread for callbacks finds its end, and is the next one's to wait for

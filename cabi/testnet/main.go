@@ -7,7 +7,8 @@
 //	TAILNODE_TEST_PEER           the name of the Go node
 //
 // and its exit status becomes testnet's. gopeer serves, over TCP, 7: echo; 9: discard, then the count of bytes as 8 bytes, big-endian; 19: as many bytes as
-// 8 bytes, big-endian, ask for; 13: reads one byte, then resets; 20: the caller's address as text; over UDP, 7: echo.
+// 8 bytes, big-endian, ask for; 13: reads one byte, then resets; 20: the caller's address as text; 21: reads the URL of a
+// login and approves it; over UDP, 7: echo.
 package main
 
 import (
@@ -18,6 +19,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path"
 	"time"
 
 	"github.com/tailnode/tailnode"
@@ -69,6 +71,7 @@ func run(argv []string) (int, error) {
 	}
 	for port, serve := range map[string]func(net.Conn){
 		":7": echo, ":9": discard, ":13": reset, ":19": source, ":20": caller,
+		":21": func(c net.Conn) { approve(co, c) },
 	} {
 		ln, err := peer.Listen("tcp", port)
 		if err != nil {
@@ -142,3 +145,12 @@ func reset(c net.Conn) {
 }
 
 func caller(c net.Conn) { io.WriteString(c, c.RemoteAddr().String()) }
+
+func approve(co *coord.Server, c net.Conn) {
+	url, _ := io.ReadAll(io.LimitReader(c, 4096))
+	if err := co.ApproveLogin(path.Base(string(url)), coord.ApproveOptions{}); err != nil {
+		io.WriteString(c, err.Error())
+		return
+	}
+	io.WriteString(c, "ok")
+}

@@ -1,0 +1,148 @@
+// limits.c - what becomes of a host that may have no more threads (RLIMIT_NPROC, and the pids controller of cgroups where this program
+// may make one): an error, or in process a clear end, and never a hang. And whose memory is whose in the process's map.
+#include "check.h"
+
+#include <linux/capability.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+static char cgroup[200];
+
+static int put_text(const char *dir, const char *file, const char *text) {
+	char path[300];
+	snprintf(path, sizeof path, "%s/%s", dir, file);
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : write(fd, text, strlen(text));
+	close(fd);
+	return n < 0 ? -1 : 0;
+}
+
+// From now on pid, this process or its helper, gets no more threads and processes.
+static int by_rlimit(pid_t pid) {
+	if (getuid() == 0) { // root has no such limit: another real user, without the capabilities
+		struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
+		struct __user_cap_data_struct d[2];
+		CHECK(syscall(SYS_setresuid, 54321, 0, 0) == 0 && syscall(SYS_capget, &h, d) == 0);
+		d[0].effective &= ~(1u << CAP_SYS_ADMIN | 1u << CAP_SYS_RESOURCE);
+		CHECK(syscall(SYS_capset, &h, d) == 0);
+	}
+	struct rlimit none = {0, 0};
+	return prlimit(pid, RLIMIT_NPROC, &none, NULL);
+}
+
+static int by_cgroup(pid_t pid) {
+	char text[32];
+	snprintf(text, sizeof text, "%d", (int)pid);
+	return put_text(cgroup, "cgroup.procs", text) || put_text(cgroup, "pids.max", "1") ? -1 : 0;
+}
+
+static int make_cgroup(void) {
+	static const char *const at[] = {"/sys/fs/cgroup/pids", "/sys/fs/cgroup"};
+	for (size_t i = 0; i < 2; i++) {
+		snprintf(cgroup, sizeof cgroup, "%s/tailnode-test-%d", at[i], (int)getpid());
+		if (mkdir(cgroup, 0700) == 0) {
+			char path[300];
+			snprintf(path, sizeof path, "%s/pids.max", cgroup);
+			if (access(path, W_OK) == 0)
+				return 1;
+			rmdir(cgroup);
+		}
+	}
+	return 0;
+}
+
+static void at_the_start(int (*limit)(pid_t)) {
+	tailnode_options o = options("climit");
+	tailnode_node n;
+	tailnode_op op;
+	CHECK(limit(getpid()) == 0);
+	WANT(tailnode_new(&o, &n, &err), TAILNODE_EXHAUSTED);
+	CHECK(err.sys_errno == EAGAIN && err.message[0]);
+	WANT(tailnode_new_start(&o, &n, &op, &err), TAILNODE_EXHAUSTED);
+}
+
+static void under_way(int (*limit)(pid_t)) {
+	int err_fd = dup(2), null = open("/dev/null", O_WRONLY);
+	if (isolated()) // the helper's last words are long
+		dup2(null, 2);
+	tailnode_node n = up("climit");
+	dup2(err_fd, 2);
+	tailnode_stats st = {.size = sizeof st};
+	OK(tailnode_runtime_stats(n, &st, &err));
+	if (limit(isolated() ? (pid_t)st.pid : getpid()))
+		return; // a helper of another user's
+	for (int i = 0; i < 100; i++) {
+		int fd, code = tailnode_dial(n, "tcp", "gopeer:7", 0, 30000, &fd, NULL, NULL, &err);
+		if (isolated() && code == TAILNODE_CORE_LOST)
+			return;
+		if (code)
+			FAIL("dial: %s", err.message);
+		char b[4];
+		write_all(fd, "ping", 4);
+		ssize_t k = read(fd, b, 4);
+		CHECK(k == 4 || (isolated() && k < 0 && errno == ECONNRESET));
+		close(fd);
+	}
+	tailnode_close(n, &err);
+}
+
+// Runs it in a process of its own. abort: the runtime may have ended it, with a message.
+static void run(const char *what, void (*f)(int (*)(pid_t)), int (*limit)(pid_t), int may_abort) {
+	pid_t pid = fork(); // before any node is made
+	CHECK(pid >= 0);
+	if (pid == 0) {
+		alarm(60); // a hang is SIGALRM
+		f(limit);
+		_exit(0);
+	}
+	int st;
+	CHECK(waitpid(pid, &st, 0) == pid);
+	if (WIFEXITED(st) && WEXITSTATUS(st) == 0)
+		printf("limits: %s: no harm\n", what);
+	else if (may_abort && WIFSIGNALED(st) && WTERMSIG(st) == SIGABRT)
+		printf("limits: %s: the runtime ended the process (SIGABRT)\n", what);
+	else
+		FAIL("%s: status %x", what, (unsigned)st);
+}
+
+static void maps(void) {
+	tailnode_node n = up("cmaps");
+	// Does this kernel name mappings?
+	void *p = NULL;
+	CHECK(posix_memalign(&p, 4096, 8192) == 0);
+	int named = prctl(0x53564d41, 0, p, 4096, "test") == 0; // PR_SET_VMA, PR_SET_VMA_ANON_NAME
+	FILE *f = fopen("/proc/self/maps", "r");
+	char line[600];
+	int go = 0, core = 0;
+	while (f && fgets(line, sizeof line, f)) {
+		go += strstr(line, "[anon: Go: ") != NULL;
+		core += strstr(line, "libtailnode-core") != NULL;
+	}
+	fclose(f);
+	printf("limits: %d mappings named Go%s, %d of the core's file\n", go, named ? "" : " (this kernel has no names)", core);
+	if (isolated())
+		CHECK(!go && !core);
+	else
+		CHECK(core && (go || !named));
+	OK(tailnode_close(n, &err));
+	free(p);
+}
+
+int main(void) {
+	alarm(200);
+	run("RLIMIT_NPROC before the start", at_the_start, by_rlimit, 0);
+	run("RLIMIT_NPROC during traffic", under_way, by_rlimit, !isolated());
+	if (make_cgroup()) {
+		run("pids.max before the start", at_the_start, by_cgroup, 0);
+		run("pids.max during traffic", under_way, by_cgroup, !isolated());
+		for (int i = 0; rmdir(cgroup) && i < 1000; i++) // a helper may still be ending
+			poll(NULL, 0, 5);
+	} else {
+		printf("limits: no cgroup can be made here\n");
+	}
+	maps();
+	printf("limits: ok\n");
+	return 0;
+}
