@@ -79,6 +79,7 @@ type Engine struct {
 	dns   resolver
 
 	reclaim reclaim
+	parting parting
 	stun    stunTap
 
 	netmap atomic.Pointer[netmap.Map]
@@ -144,7 +145,9 @@ func (e *Engine) Close() {
 	e.mu.Unlock()
 	close(e.waits.done)
 	e.dns.close()
+	e.parting.on.Store(true)
 	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
+	e.parting.flush()
 	if e.direct != nil {
 		e.direct.close()
 	}

@@ -45,6 +45,9 @@ func (o *output) WritePacket(p *netstack.Packet) {
 		pr.wg.SendSized(&masqSource{Source: p, own: h.Src.Addr(), as: as}, mtu)
 		return
 	}
+	if e.parting.on.Load() && e.parting.take(pr, p) {
+		return
+	}
 	pr.wg.SendSized(p, mtu)
 }
 

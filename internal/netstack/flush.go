@@ -155,7 +155,7 @@ func (c *conn) push(b []byte) (int, tcpip.Error) {
 
 func (c *conn) pushLocked(b []byte) (int, tcpip.Error) {
 	c.src.Reset(b)
-	n, err := c.ep.Write(&c.src, tcpip.WriteOptions{})
+	n, err := c.ep.Write(c.src, tcpip.WriteOptions{})
 	c.src.Reset(nil)
 	c.lastSend = time.Now()
 	return int(n), err

@@ -39,9 +39,11 @@ const DefaultMTU = 1280
 const nicID tcpip.NICID = 1
 
 // How long an endpoint whose connection is over is kept. The values bound what a burst of short connections holds;
-// RFC 9293 §3.4.2 asks for 2 MSL in TIME-WAIT, and an MSL on a tunnel is seconds, not minutes.
+// RFC 9293 §3.4.2 asks for 2 MSL in TIME-WAIT. What that is to keep apart, a copy that the network kept back, the tunnel's
+// replay window does not let in; what is left is a last acknowledgement that was lost, for which a few retries of the peer are time enough.
+// Each endpoint in TIME-WAIT holds some 6 KB, and a busy client has thousands of them.
 const (
-	timeWait  = 10 * time.Second
+	timeWait  = 3 * time.Second
 	finWait2  = 30 * time.Second
 	orphanTTL = 60 * time.Second // a closed connection whose peer acknowledges nothing
 )

@@ -108,9 +108,9 @@ type conn struct {
 
 	wr side
 
-	sm       sync.Mutex   // held across each ep.Write, never while waiting; guards the following
-	src      bytes.Reader // argument of ep.Write
-	written  int          // since wgrow was told
+	sm       sync.Mutex    // held across each ep.Write, never while waiting; guards the following
+	src      *bytes.Reader // argument of ep.Write, which keeps it: no part of conn, or the endpoint in TIME-WAIT would hold all of that
+	written  int           // since wgrow was told
 	wgrow    grower
 	buf      *[gatherMax + smallWrite]byte
 	pend     []byte // of buf: gathered and not yet passed to the stack
@@ -128,7 +128,7 @@ const moderateEvery = 16 << 10
 // newConn makes an established endpoint a connection of s. If the Stack is closed, the endpoint is reset and the
 // result nil.
 func (s *Stack) newConn(ep tcpip.Endpoint, wq *waiter.Queue) *conn {
-	c := &conn{s: s, ep: ep, wq: wq}
+	c := &conn{s: s, ep: ep, wq: wq, src: new(bytes.Reader)}
 	if a, err := ep.GetLocalAddress(); err == nil {
 		c.local = netip.AddrPortFrom(fromGV(a.Addr), a.Port)
 	}

@@ -1,0 +1,76 @@
+package datapath
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestClosePartsFromAll closes a node with many connections, more than are sent for at a time: each peer's end learns of it.
+func TestClosePartsFromAll(t *testing.T) {
+	a, b := newPair(t)
+	ln, err := b.Stack().ListenTCP(netip.AddrPortFrom(netip.IPv6Unspecified(), 80))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 2*partingCount + 3
+	ends := make(chan error, n)
+	go func() {
+		for range n {
+			c, err := ln.Accept()
+			if err != nil {
+				ends <- err
+				continue
+			}
+			go func() {
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(60 * time.Second))
+				_, err := io.Copy(io.Discard, c)
+				ends <- err
+			}()
+		}
+	}()
+	for i := range n {
+		dst := b.a4
+		if i%2 == 1 {
+			dst = b.a6
+		}
+		if _, err := a.Stack().DialTCP(within(t, 60*time.Second), netip.AddrPortFrom(dst, 80)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.Close()
+	for range n {
+		if err := <-ends; !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the other end reads %v", err)
+		}
+	}
+	ln.Close()
+}
+
+func TestPackets(t *testing.T) {
+	var s packets
+	if s.Next(make([]byte, 2000)) != 0 {
+		t.Error("a packet from nothing")
+	}
+	for i := range partingCount {
+		src := one(strings.Repeat("x", 1+i))
+		if s.add(&src) != (i == partingCount-1) {
+			t.Errorf("full or not after %d", i+1)
+		}
+	}
+	dst := make([]byte, 2000)
+	for i := range partingCount {
+		if n := s.Next(dst); !bytes.Equal(dst[:n], bytes.Repeat([]byte("x"), 1+i)) {
+			t.Errorf("packet %d: %q", i, dst[:n])
+		}
+	}
+	if s.Next(dst) != 0 {
+		t.Error("a packet too many")
+	}
+}
