@@ -14,6 +14,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/tailnode/tailnode/coord/internal/alloc"
 )
 
 // The admin API is one POST per method of Server, with a JSON object of arguments, a bearer token,
@@ -82,7 +84,7 @@ var adminErrors = map[int]error{
 
 // adminHandler makes the handler and writes the file that leads to it.
 func (s *Server) adminHandler(a net.Addr) (http.Handler, error) {
-	info := adminInfo{URL: listenURL(a, false), Token: random(25)}
+	info := adminInfo{URL: listenURL(a, false), Token: alloc.ID(25)}
 	b, err := json.Marshal(info)
 	if err != nil {
 		return nil, err

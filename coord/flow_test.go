@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -236,7 +237,7 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("another machine's key: %+v", res)
 	}
 	// Whoever is refused all the time is slowed down, and told for how long.
-	for range refusalBurst + 2 {
+	for range throttle.Burst + 2 {
 		res, err := p.post(t.Context(), "/machine/register", tailcfg.RegisterRequest{Version: 100, NodeKey: key.NewNode().Public(),
 			Auth: &tailcfg.RegisterResponseAuth{AuthKey: "guess"}})
 		must(t, err)

@@ -2,38 +2,13 @@ package coord
 
 import (
 	"cmp"
-	"encoding/binary"
-	"encoding/json"
 	"maps"
 	"slices"
-	"sync"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
+	"github.com/tailnode/tailnode/coord/internal/mapframe"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
-
-// zenc compresses frames. EncodeAll may be called by many goroutines.
-var zenc = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(2),
-		zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(256<<10))
-	if err != nil {
-		panic("coord: " + err.Error()) // the options are constants
-	}
-	return e
-})
-
-// frame is one message of a map stream: what goes into it, and after encode its bytes.
-type frame struct {
-	from, to uint64
-	base     tailcfg.MapResponse
-	list     string   // "Peers" or "PeersChanged"
-	peers    [][]byte // JSON of the nodes in list
-
-	once [2]sync.Once // plain, compressed
-	out  [2][]byte
-	err  [2]error
-}
 
 // maxFrames bounds the deltas kept for other streams. Streams are woken together, so few cursors matter.
 const maxFrames = 16
@@ -43,51 +18,6 @@ type frameKey struct {
 	from  uint64
 	named bool // packet filters by name
 }
-
-// bytes returns the message with its length in front: 4 bytes, least significant first. It is
-// safe for concurrent use, and the work is done once.
-func (f *frame) bytes(compress bool) ([]byte, error) {
-	i := 0
-	if compress {
-		i = 1
-	}
-	f.once[i].Do(func() { f.out[i], f.err[i] = f.encode(compress) })
-	return f.out[i], f.err[i]
-}
-
-func (f *frame) encode(compress bool) ([]byte, error) {
-	base, err := json.Marshal(&f.base)
-	if err != nil {
-		return nil, err
-	}
-	n := 4 + len(base) + len(f.list) + 8
-	for _, p := range f.peers {
-		n += len(p) + 1
-	}
-	b := append(make([]byte, 4, n), base...)
-	if len(f.peers) > 0 {
-		b = b[:len(b)-1] // the closing brace
-		if len(base) > 2 {
-			b = append(b, ',')
-		}
-		b = append(append(append(b, '"'), f.list...), `":[`...)
-		for i, p := range f.peers {
-			if i > 0 {
-				b = append(b, ',')
-			}
-			b = append(b, p...)
-		}
-		b = append(b, `]}`...)
-	}
-	if compress {
-		b = zenc().EncodeAll(b[4:], make([]byte, 4, 4+len(b)/4))
-	}
-	binary.LittleEndian.PutUint32(b, uint32(len(b)-4))
-	return b, nil
-}
-
-// keepAlive is the frame that says nothing.
-var keepAlive = &frame{base: tailcfg.MapResponse{KeepAlive: true}}
 
 // setRules puts the packet filter into m in the form that n's version knows.
 func (t *tailnet) setRules(m *tailcfg.MapResponse, n *node, named bool) {
@@ -121,10 +51,10 @@ func (n *node) setMessages(m *tailcfg.MapResponse) {
 }
 
 // full makes the first message of a map stream, or the answer to a request for one map.
-func (s *Server) full(n *node, ver tailcfg.CapabilityVersion, omitPeers bool, now time.Time) *frame {
+func (s *Server) full(n *node, ver tailcfg.CapabilityVersion, omitPeers bool, now time.Time) *mapframe.Frame {
 	t := s.net
-	f := &frame{to: t.seq, list: "Peers"}
-	m := &f.base
+	f := &mapframe.Frame{To: t.seq, List: "Peers"}
+	m := &f.Base
 	m.Node = t.wire(n, s.domain, true, now)
 	m.DERPMap = t.derp
 	m.DNSConfig = &tailcfg.DNSConfig{Proxied: true, Domains: []string{s.domain}}
@@ -147,7 +77,7 @@ func (s *Server) full(n *node, ver tailcfg.CapabilityVersion, omitPeers bool, no
 }
 
 // allPeers puts every node that n sees into f, sorted by ID.
-func (t *tailnet) allPeers(f *frame, n *node, domain string, now time.Time) {
+func (t *tailnet) allPeers(f *mapframe.Frame, n *node, domain string, now time.Time) {
 	ids := make([]*node, 0, len(t.nodes))
 	for _, p := range t.nodes {
 		if p != n && p.visible() {
@@ -155,15 +85,15 @@ func (t *tailnet) allPeers(f *frame, n *node, domain string, now time.Time) {
 		}
 	}
 	slices.SortFunc(ids, func(a, b *node) int { return cmp.Compare(a.rec.ID, b.rec.ID) })
-	f.peers = make([][]byte, len(ids))
+	f.Peers = make([][]byte, len(ids))
 	for i, p := range ids {
-		f.peers[i] = t.peerJSON(p, domain, now)
+		f.Peers[i] = t.peerJSON(p, domain, now)
 	}
 }
 
 // delta makes the message that brings st from its cursor to now, or nil if there is nothing to say to
 // its node; the cursor moves on either way.
-func (s *Server) delta(st *stream, now time.Time) *frame {
+func (s *Server) delta(st *stream, now time.Time) *mapframe.Frame {
 	t, n := s.net, st.node
 	from := st.cursor
 	if from == t.seq && len(n.pings) == 0 {
@@ -175,26 +105,26 @@ func (s *Server) delta(st *stream, now time.Time) *frame {
 	if !self && !blind && !resync && !(n.rec.Filter != nil && t.ruleSeq > from) && !st.omitPeers {
 		k := frameKey{from, st.named}
 		if f := t.frames[k]; f != nil {
-			st.cursor = f.to
+			st.cursor = f.To
 			// An older frame leaves the stream short of seq. If a wake-up is due, the stream waits for it already;
 			// else the one for what came after the frame is past, and the stream must look again by itself.
-			if f.to < t.seq && s.waking == nil {
+			if f.To < t.seq && s.waking == nil {
 				st.poke()
 			}
-			return f.orNil()
+			return f.OrNil()
 		}
 		if len(t.frames) >= maxFrames {
 			clear(t.frames)
 		}
-		f := &frame{from: from, to: t.seq, list: "PeersChanged"}
+		f := &mapframe.Frame{From: from, To: t.seq, List: "PeersChanged"}
 		t.changes(f, nil, st.named, s.domain, now)
 		t.frames[k] = f
-		st.cursor = f.to
-		return f.orNil()
+		st.cursor = f.To
+		return f.OrNil()
 	}
 
-	f := &frame{from: from, to: t.seq, list: "PeersChanged"}
-	m := &f.base
+	f := &mapframe.Frame{From: from, To: t.seq, List: "PeersChanged"}
+	m := &f.Base
 	st.cursor, st.blind = t.seq, blind
 	switch {
 	case st.omitPeers || blind && !resync:
@@ -206,7 +136,7 @@ func (s *Server) delta(st *stream, now time.Time) *frame {
 		}
 		slices.Sort(m.PeersRemoved)
 	case resync:
-		f.list = "Peers"
+		f.List = "Peers"
 		t.allPeers(f, n, s.domain, now)
 	default:
 		t.changes(f, n, st.named, s.domain, now)
@@ -226,17 +156,7 @@ func (s *Server) delta(st *stream, now time.Time) *frame {
 			st.poke()
 		}
 	}
-	return f.orNil()
-}
-
-// orNil returns nil if f says nothing.
-func (f *frame) orNil() *frame {
-	m := &f.base
-	if len(f.peers) == 0 && f.list != "Peers" && m.Node == nil && m.PeersRemoved == nil && m.PeersChangedPatch == nil && m.OnlineChange == nil &&
-		m.DERPMap == nil && m.UserProfiles == nil && m.PacketFilter == nil && m.PacketFilters == nil && m.PingRequest == nil {
-		return nil
-	}
-	return f
+	return f.OrNil()
 }
 
 // globals puts into m what changed since from and concerns all nodes.
@@ -262,27 +182,27 @@ func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named bo
 	}
 }
 
-// changes fills f with what changed since f.from, leaving out the node self (nil: none).
-func (t *tailnet) changes(f *frame, self *node, named bool, domain string, now time.Time) {
-	m := &f.base
+// changes fills f with what changed since f.From, leaving out the node self (nil: none).
+func (t *tailnet) changes(f *mapframe.Frame, self *node, named bool, domain string, now time.Time) {
+	m := &f.Base
 	if self == nil {
-		t.globals(m, nil, f.from, named)
+		t.globals(m, nil, f.From, named)
 	}
 	var whole_ []*node
-	for n := t.newest; n != nil && n.top > f.from; n = n.older {
+	for n := t.newest; n != nil && n.top > f.From; n = n.older {
 		switch {
 		case n == self || !n.visible():
-		case n.seq[whole] > f.from:
+		case n.seq[whole] > f.From:
 			whole_ = append(whole_, n)
 		default:
-			t.patch(m, n, f.from)
+			t.patch(m, n, f.From)
 		}
 	}
 	slices.SortFunc(whole_, func(a, b *node) int { return cmp.Compare(a.rec.ID, b.rec.ID) })
 	for _, n := range whole_ {
-		f.peers = append(f.peers, t.peerJSON(n, domain, now))
+		f.Peers = append(f.Peers, t.peerJSON(n, domain, now))
 	}
-	for i := len(t.removed) - 1; i >= 0 && t.removed[i].seq > f.from; i-- {
+	for i := len(t.removed) - 1; i >= 0 && t.removed[i].seq > f.From; i-- {
 		if r := t.removed[i]; self == nil || r.id != self.rec.ID {
 			if n := t.nodes[r.id]; n == nil || !n.visible() { // it may be back
 				m.PeersRemoved = append(m.PeersRemoved, r.id)

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/alloc"
+	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -47,7 +49,7 @@ func checkAnswer(t *testing.T, s *Server, w *httptest.ResponseRecorder) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, n := range s.net.nodes {
-		if n.rec.ID != id || s.net.byKey[n.rec.Key] != n || s.net.byName[n.rec.Name] != n || label(n.rec.Name) == "" ||
+		if n.rec.ID != id || s.net.byKey[n.rec.Key] != n || s.net.byName[n.rec.Name] != n || alloc.Label(n.rec.Name) == "" ||
 			s.net.byAddr[n.rec.IPv4] != n || s.net.byAddr[n.rec.IPv6] != n || n.stream != nil || len(n.live.Endpoints) > maxEndpoints {
 			t.Errorf("the indexes do not agree on %+v", n.rec)
 		}
@@ -86,7 +88,7 @@ func FuzzRegister(f *testing.F) {
 	f.Add([]byte(`{"Version":119,"Hostinfo":{"RoutableIPs":["::/0"],"Services":[null]},"Auth":{}}`))
 	f.Add([]byte(`[`))
 	f.Fuzz(func(t *testing.T, body []byte) {
-		s.failures = newLimiter()
+		s.failures = throttle.New()
 		w := httptest.NewRecorder()
 		s.serveRegister(w, inside(m, "/machine/register", bytes.ReplaceAll(body, []byte("KEY"), []byte(k))))
 		checkAnswer(t, s, w)

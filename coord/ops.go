@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/alloc"
 	"github.com/tailnode/tailnode/internal/coordstore"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -47,8 +48,8 @@ func (s *Server) CreateAuthKey(o AuthKeyOptions) (string, error) {
 		s.mu.Unlock()
 		return "", notFound("user", o.User)
 	}
-	id := random(8)
-	secret := keyPrefix + id + "-" + random(25)
+	id := alloc.ID(8)
+	secret := keyPrefix + id + "-" + alloc.ID(25)
 	hash := sha256.Sum256([]byte(secret))
 	now := time.Now().UTC().Truncate(time.Second)
 	k := &authKeyRec{AuthKey: AuthKey{
@@ -235,9 +236,9 @@ func (s *Server) RenameNode(id, name string) error {
 				host = n.live.Hostinfo.Hostname
 			}
 			n.rec.FixedName = false
-			s.rename(n, freeName(label(host), taken))
-		case label(name) != name:
-			return coordstore.Ticket{}, fmt.Errorf("coord: %w: node name %q (want one DNS label, such as %q)", ErrInvalid, name, label(name))
+			s.rename(n, alloc.FreeName(alloc.Label(host), taken))
+		case alloc.Label(name) != name:
+			return coordstore.Ticket{}, fmt.Errorf("coord: %w: node name %q (want one DNS label, such as %q)", ErrInvalid, name, alloc.Label(name))
 		case taken(name):
 			return coordstore.Ticket{}, fmt.Errorf("coord: node %q: %w", name, ErrExists)
 		default:
@@ -477,4 +478,18 @@ func (s *Server) serveAdmit(w http.ResponseWriter, r *http.Request) {
 	if readJSON(w, r, 4<<10, &req) {
 		writeJSON(w, tailcfg.DERPAdmitClientResponse{Allow: s.AdmitRelayClient(req.NodePublic.Raw(), req.Source) == nil})
 	}
+}
+
+// validTag reports whether t is tag:name, of a-z, 0-9 and dashes.
+func validTag(t string) bool {
+	name, ok := strings.CutPrefix(t, "tag:")
+	if !ok || name == "" || len(name) > 63 || name[0] < 'a' || name[0] > 'z' {
+		return false
+	}
+	for i := range len(name) {
+		if c := name[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return false
+		}
+	}
+	return true
 }

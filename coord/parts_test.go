@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,53 +16,6 @@ import (
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
-
-func TestLabel(t *testing.T) {
-	for in, want := range map[string]string{
-		"web": "web", "Web-1": "web-1", "Ann's Laptop": "anns-laptop", "laptop.lan": "laptop", "": "node", "---": "node",
-		"日本": "node", "a__b": "a-b", "-a-": "a", "ip 10.0": "ip-10", "x\x00y": "x-y", "müsli": "m-sli",
-		strings.Repeat("a", 100): strings.Repeat("a", 58),
-	} {
-		if got := label(in); got != want {
-			t.Errorf("label(%q) = %q, want %q", in, got, want)
-		}
-	}
-	taken := map[string]bool{"a": true, "a-1": true}
-	if n := freeName("a", func(s string) bool { return taken[s] }); n != "a-2" {
-		t.Errorf("freeName = %q", n)
-	}
-}
-
-func TestAddresses(t *testing.T) {
-	p := netip.MustParsePrefix("10.0.0.0/29") // .1 to .6
-	taken := map[netip.Addr]bool{}
-	isTaken := func(a netip.Addr) bool { return taken[a] }
-	var last netip.Addr
-	var got []string
-	for range 6 {
-		a, err := nextIPv4(p, last, isTaken)
-		must(t, err)
-		taken[a], last = true, a
-		got = append(got, a.String())
-	}
-	if want := []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6"}; !slices.Equal(got, want) {
-		t.Errorf("got %v", got)
-	}
-	if _, err := nextIPv4(p, last, isTaken); !errors.Is(err, errPoolEmpty) {
-		t.Errorf("err = %v", err)
-	}
-	delete(taken, netip.MustParseAddr("10.0.0.2"))
-	delete(taken, netip.MustParseAddr("10.0.0.5"))
-	if a, _ := nextIPv4(p, netip.MustParseAddr("10.0.0.3"), isTaken); a.String() != "10.0.0.5" {
-		t.Errorf("after .3 comes %v: an address that was just given back is used at once", a)
-	}
-	if a, _ := nextIPv4(DefaultPrefix4, netip.MustParseAddr("100.100.99.255"), isTaken); a.String() != "100.100.101.0" {
-		t.Errorf("MagicDNS's own range is not left out: %v", a)
-	}
-	if a := pairIPv6(DefaultPrefix6, netip.MustParseAddr("100.64.0.1")); a.String() != "fd7a:115c:a1e0::6440:1" {
-		t.Errorf("IPv6 %v", a)
-	}
-}
 
 func TestAddressesUsedUp(t *testing.T) {
 	s := startServer(t, &Server{Prefix4: netip.MustParsePrefix("10.9.0.0/30")})
@@ -317,7 +269,7 @@ func TestForgottenRemovals(t *testing.T) {
 		s.net.hide(&node{rec: nodeRec{ID: tailcfg.NodeID(1000 + i)}})
 	}
 	f := s.delta(st, time.Now())
-	if f == nil || f.list != "Peers" || len(f.peers) != 1 {
+	if f == nil || f.List != "Peers" || len(f.Peers) != 1 {
 		t.Errorf("want the whole map, got %+v", f)
 	}
 	if len(s.net.removed) > maxRemovals {
@@ -417,7 +369,7 @@ func TestSharedFrame(t *testing.T) {
 	default:
 		t.Fatal("the second stream sleeps although it is behind")
 	}
-	if f := s.delta(st[1], time.Now()); f == nil || !strings.Contains(string(f.peers[0]), `"two.`) {
+	if f := s.delta(st[1], time.Now()); f == nil || !strings.Contains(string(f.Peers[0]), `"two.`) {
 		t.Errorf("%+v", f)
 	}
 }

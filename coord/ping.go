@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/alloc"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -35,7 +36,7 @@ func (s *Server) Ping(ctx context.Context, id, kind string, ip netip.Addr) (Ping
 		s.mu.Unlock()
 		return PingResult{}, fmt.Errorf("coord: %w: too many pings to %s wait already", ErrNotAllowed, id)
 	}
-	token := random(16)
+	token := alloc.ID(16)
 	p := &pendingPing{sent: time.Now(), done: make(chan PingResult, 1)}
 	p.req = &tailcfg.PingRequest{URL: s.base + "/ping/" + token, Types: kind, IP: ip}
 	n.pings = append(n.pings, p)

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/alloc"
+	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/coordstore"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -87,14 +89,14 @@ func (e refusal) Error() string { return string(e) }
 // serveRegister answers POST /machine/register (docs/protocol/control.md § POST /machine/register).
 func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 	from := remoteIP(r)
-	if wait := s.failures.blocked(from, time.Now()); wait > 0 {
+	if wait := s.failures.Blocked(from, time.Now()); wait > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int(wait/time.Second)+1))
 		http.Error(w, "too many refused registrations from this address; wait a little", http.StatusTooManyRequests)
 		return
 	}
 	req := new(registration)
 	if !readJSON(w, r, maxRegisterBody, &req.RegisterRequest) {
-		s.failures.failed(from, time.Now())
+		s.failures.Failed(from, time.Now())
 		return
 	}
 	switch {
@@ -105,7 +107,7 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "no node key", http.StatusBadRequest)
 		return
 	}
-	req.from = group(from)
+	req.from = throttle.Group(from)
 	resp, err := s.register(r, machine(r), req)
 	if err != nil {
 		text, ok := err.(refusal)
@@ -114,7 +116,7 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 			http.Error(w, "the server could not store the registration", http.StatusInternalServerError)
 			return
 		}
-		s.failures.failed(from, time.Now())
+		s.failures.Failed(from, time.Now())
 		s.log.Info("registration refused", "from", from, "host", req.hostname(), "reason", string(text))
 		resp = &tailcfg.RegisterResponse{Error: string(text)}
 	}
@@ -225,7 +227,7 @@ func (s *Server) registerLocked(m key.MachinePublic, req *registration, now time
 			return nil, none, refusal(fmt.Sprintf("%q is not a tag", tag))
 		}
 	}
-	l := &login{id: random(16), machine: m, req: req, created: now, expires: now.Add(loginLifetime), done: make(chan struct{})}
+	l := &login{id: alloc.ID(16), machine: m, req: req, created: now, expires: now.Add(loginLifetime), done: make(chan struct{})}
 	s.logins[l.id] = l
 	s.due(l.expires)
 	s.log.Info("login waits for approval", "host", req.hostname(), "id", l.id)
@@ -322,15 +324,15 @@ func (s *Server) admit(m key.MachinePublic, req *registration, a admission, now 
 	if len(t.nodes) >= maxNodes {
 		return nil, nil, refusal("the tailnet is full")
 	}
-	v4, err := nextIPv4(s.p4, t.srv.LastIPv4, func(a netip.Addr) bool { return t.byAddr[a] != nil })
+	v4, err := alloc.NextIPv4(s.p4, t.srv.LastIPv4, func(a netip.Addr) bool { return t.byAddr[a] != nil })
 	if err != nil {
 		return nil, nil, refusal("the tailnet has no free address left")
 	}
 	n := &node{gone: now}
 	n.rec = nodeRec{
-		ID: t.srv.NextNode, Stable: tailcfg.StableNodeID("n" + random(10)), Machine: m, Key: req.NodeKey,
-		Name: freeName(label(req.hostname()), func(s string) bool { return t.byName[s] != nil }),
-		User: a.owner, Tags: slices.Clone(a.tags), IPv4: v4, IPv6: pairIPv6(s.p6, v4), Created: now.UTC().Truncate(time.Second),
+		ID: t.srv.NextNode, Stable: tailcfg.StableNodeID("n" + alloc.ID(10)), Machine: m, Key: req.NodeKey,
+		Name: alloc.FreeName(alloc.Label(req.hostname()), func(s string) bool { return t.byName[s] != nil }),
+		User: a.owner, Tags: slices.Clone(a.tags), IPv4: v4, IPv6: alloc.PairIPv6(s.p6, v4), Created: now.UTC().Truncate(time.Second),
 		KeyExpiry: expiry, Ephemeral: a.ephemeral, Approved: a.approved, AuthKey: a.key,
 	}
 	t.srv.NextNode++
@@ -382,8 +384,8 @@ func (s *Server) report(n *node, ver tailcfg.CapabilityVersion, hi *tailcfg.Host
 		did = true
 	}
 	if old == nil || old.Hostname != hi.Hostname {
-		if base := label(hi.Hostname); !n.rec.FixedName && base != n.rec.Name && !isNumbered(n.rec.Name, base) {
-			s.rename(n, freeName(base, func(s string) bool { return t.byName[s] != nil && t.byName[s] != n }))
+		if base := alloc.Label(hi.Hostname); !n.rec.FixedName && base != n.rec.Name && !alloc.IsNumbered(n.rec.Name, base) {
+			s.rename(n, alloc.FreeName(base, func(s string) bool { return t.byName[s] != nil && t.byName[s] != n }))
 		}
 		t.touch(n, whole)
 		did = true
@@ -392,13 +394,6 @@ func (s *Server) report(n *node, ver tailcfg.CapabilityVersion, hi *tailcfg.Host
 		did = true
 	}
 	return did
-}
-
-// isNumbered reports whether name is base with a number that freeName put behind it.
-func isNumbered(name, base string) bool {
-	rest, ok := strings.CutPrefix(name, base+"-")
-	_, err := strconv.Atoi(rest)
-	return ok && err == nil
 }
 
 // rename gives n a name that is free. The mutex is held.

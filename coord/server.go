@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/coordstore"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -85,7 +86,7 @@ type Server struct {
 	p4, p6   netip.Prefix
 	base     string // URL without a slash at the end
 	public   http.Handler
-	failures *limiter
+	failures *throttle.Limiter
 
 	mu       sync.Mutex
 	state    int // what of Start and Close was called
@@ -177,7 +178,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.noise = newNoiseServer(s)
-	s.failures = newLimiter()
+	s.failures = throttle.New()
 	s.logins = map[string]*login{}
 	s.pinging = map[string]*pendingPing{}
 	s.wake = make(chan struct{})

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/mapframe"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
@@ -77,7 +78,7 @@ func (s *Server) serveMap(w http.ResponseWriter, r *http.Request) {
 	compress := req.Compress == "zstd"
 	named := req.Version >= capNamedFilters
 	if !req.Stream || req.ReadOnly {
-		var f *frame
+		var f *mapframe.Frame
 		if !update || !req.OmitPeers {
 			f = s.full(n, req.Version, req.OmitPeers, now)
 		}
@@ -93,7 +94,7 @@ func (s *Server) serveMap(w http.ResponseWriter, r *http.Request) {
 	st := &stream{node: n, named: named, omitPeers: req.OmitPeers, kick: make(chan struct{}, 1), stop: make(chan struct{})}
 	s.attach(n, st, &req, now)
 	f := s.full(n, req.Version, req.OmitPeers, now)
-	st.cursor, st.blind = f.to, n.blind(now)
+	st.cursor, st.blind = f.To, n.blind(now)
 	wake := s.wake
 	if len(n.pings) > 0 {
 		st.poke()
@@ -107,7 +108,7 @@ func (s *Server) serveMap(w http.ResponseWriter, r *http.Request) {
 }
 
 // stream sends f and then what changes, until the client is gone or the stream is ended.
-func (s *Server) stream(w http.ResponseWriter, r *http.Request, st *stream, f *frame, wake chan struct{}, compress bool) {
+func (s *Server) stream(w http.ResponseWriter, r *http.Request, st *stream, f *mapframe.Frame, wake chan struct{}, compress bool) {
 	idle := time.NewTimer(keepAliveEvery)
 	defer idle.Stop()
 	for last := false; ; {
@@ -131,7 +132,7 @@ func (s *Server) stream(w http.ResponseWriter, r *http.Request, st *stream, f *f
 		case <-wake:
 		case <-st.kick:
 		case <-idle.C:
-			f = keepAlive
+			f = mapframe.KeepAlive
 			continue
 		}
 		s.mu.Lock()
@@ -148,8 +149,8 @@ func (s *Server) stream(w http.ResponseWriter, r *http.Request, st *stream, f *f
 }
 
 // send writes one message.
-func (s *Server) send(w http.ResponseWriter, f *frame, compress bool) error {
-	b, err := f.bytes(compress)
+func (s *Server) send(w http.ResponseWriter, f *mapframe.Frame, compress bool) error {
+	b, err := f.Bytes(compress)
 	if err != nil {
 		s.log.Error("encode map", "err", err)
 		return err
@@ -166,11 +167,11 @@ func (s *Server) send(w http.ResponseWriter, f *frame, compress bool) error {
 }
 
 // farewell makes the last message to a node that was removed: itself, expired.
-func (s *Server) farewell(n *node) *frame {
-	f := &frame{}
+func (s *Server) farewell(n *node) *mapframe.Frame {
+	f := &mapframe.Frame{}
 	w := s.net.wire(n, s.domain, true, time.Now())
 	w.KeyExpiry, w.Expired = time.Now().Add(-time.Minute).UTC(), true
-	f.base.Node = w
+	f.Base.Node = w
 	return f
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/mapframe"
 	"github.com/tailnode/tailnode/internal/coordstore"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -95,14 +96,14 @@ type tailnet struct {
 	filter   *Filter
 	rules    []tailcfg.FilterRule
 	ruleSeq  uint64
-	frames   map[frameKey]*frame // deltas that several streams can use
+	frames   map[frameKey]*mapframe.Frame // deltas that several streams can use
 }
 
 func newTailnet() *tailnet {
 	return &tailnet{
 		users: map[tailcfg.UserID]*userRec{}, userSeq: map[tailcfg.UserID]uint64{}, keys: map[string]*authKeyRec{},
 		nodes: map[tailcfg.NodeID]*node{}, byKey: map[key.NodePublic]*node{}, byName: map[string]*node{},
-		byAddr: map[netip.Addr]*node{}, frames: map[frameKey]*frame{}, rules: tailcfg.FilterAllowAll,
+		byAddr: map[netip.Addr]*node{}, frames: map[frameKey]*mapframe.Frame{}, rules: tailcfg.FilterAllowAll,
 		derpGone: map[int]bool{}, byMachine: map[key.MachinePublic][]*node{},
 	}
 }

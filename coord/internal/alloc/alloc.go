@@ -1,4 +1,5 @@
-package coord
+// Package alloc chooses what a new node of a tailnet gets: addresses, a DNS label, and random IDs.
+package alloc
 
 import (
 	"crypto/rand"
@@ -10,8 +11,8 @@ import (
 	"strings"
 )
 
-// errPoolEmpty reports that every address of the prefix is taken.
-var errPoolEmpty = errors.New("coord: the tailnet's address range is used up")
+// ErrPoolEmpty reports that every address of the prefix is taken.
+var ErrPoolEmpty = errors.New("coord: the tailnet's address range is used up")
 
 // reservedIPv4 are parts of the default range that mean something else to clients: MagicDNS's
 // own address and a range that ChromeOS uses for itself.
@@ -21,9 +22,9 @@ var reservedIPv4 = []netip.Prefix{
 	netip.MustParsePrefix("100.115.92.0/23"),
 }
 
-// nextIPv4 returns the next free address of p after last. Addresses go round: one that was
+// NextIPv4 returns the next free address of p after last. Addresses go round: one that was
 // given back is used again only after all others.
-func nextIPv4(p netip.Prefix, last netip.Addr, taken func(netip.Addr) bool) (netip.Addr, error) {
+func NextIPv4(p netip.Prefix, last netip.Addr, taken func(netip.Addr) bool) (netip.Addr, error) {
 	p = p.Masked()
 	base := p.Addr().As4()
 	first := binary.BigEndian.Uint32(base[:])
@@ -46,7 +47,7 @@ func nextIPv4(p netip.Prefix, last netip.Addr, taken func(netip.Addr) bool) (net
 		}
 		return a, nil
 	}
-	return netip.Addr{}, errPoolEmpty
+	return netip.Addr{}, ErrPoolEmpty
 }
 
 func reserved(a netip.Addr) bool {
@@ -58,15 +59,15 @@ func reserved(a netip.Addr) bool {
 	return false
 }
 
-// pairIPv6 returns the IPv6 address that goes with v4: its 32 bits at the end of p.
-func pairIPv6(p netip.Prefix, v4 netip.Addr) netip.Addr {
+// PairIPv6 returns the IPv6 address that goes with v4: its 32 bits at the end of p.
+func PairIPv6(p netip.Prefix, v4 netip.Addr) netip.Addr {
 	b, low := p.Masked().Addr().As16(), v4.As4()
 	copy(b[12:], low[:])
 	return netip.AddrFrom16(b)
 }
 
-// label makes a DNS label (RFC 1035 §2.3.1) of a host name as people and systems spell them.
-func label(host string) string {
+// Label makes a DNS label (RFC 1035 §2.3.1) of a host name as people and systems spell them.
+func Label(host string) string {
 	host, _, _ = strings.Cut(host, ".") // "laptop.lan"
 	var b strings.Builder
 	dash := true                                     // no dash at the start, none twice
@@ -93,8 +94,8 @@ func label(host string) string {
 	return "node"
 }
 
-// freeName returns base, or base with the first free number behind it.
-func freeName(base string, taken func(string) bool) string {
+// FreeName returns base, or base with the first free number behind it.
+func FreeName(base string, taken func(string) bool) string {
 	if !taken(base) {
 		return base
 	}
@@ -107,22 +108,16 @@ func freeName(base string, taken func(string) bool) string {
 
 var lowerBase32 = base32.NewEncoding("abcdefghijkmnpqrstuvwxyz23456789").WithPadding(base32.NoPadding)
 
-// random returns n random bytes as text without letters that look alike.
-func random(n int) string {
+// ID returns n random bytes as text without letters that look alike.
+func ID(n int) string {
 	b := make([]byte, n)
 	rand.Read(b)
 	return lowerBase32.EncodeToString(b)
 }
 
-func validTag(t string) bool {
-	name, ok := strings.CutPrefix(t, "tag:")
-	if !ok || name == "" || len(name) > 63 || name[0] < 'a' || name[0] > 'z' {
-		return false
-	}
-	for i := range len(name) {
-		if c := name[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
-			return false
-		}
-	}
-	return true
+// IsNumbered reports whether name is base with a number that FreeName put behind it.
+func IsNumbered(name, base string) bool {
+	rest, ok := strings.CutPrefix(name, base+"-")
+	_, err := strconv.Atoi(rest)
+	return ok && err == nil
 }
