@@ -14,7 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/net/http2"
 	"tailscale.com/control/controlhttp/controlhttpserver"
 	"tailscale.com/net/tsaddr"
 	"tailscale.com/tailcfg"
@@ -98,7 +97,7 @@ func newNode(id int, name string) *tailcfg.Node {
 	return &tailcfg.Node{
 		ID: tailcfg.NodeID(id), StableID: tailcfg.StableNodeID(fmt.Sprintf("nBench%dCNTRL", id)), Name: name + "." + domain + ".",
 		User: theUser, Addresses: addrs, AllowedIPs: addrs, MachineAuthorized: true, Online: new(true), Cap: tailcfg.CurrentCapabilityVersion,
-		Created: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), HomeDERP: 1, LegacyDERPString: "127.3.3.40:1",
+		Created: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), HomeDERP: 1,
 		CapMap: tailcfg.NodeCapMap{tailcfg.CapabilityFileSharing: nil, tailcfg.NodeAttrFunnel: nil},
 	}
 }
@@ -129,10 +128,38 @@ func (c *bigControl) upgrade(w http.ResponseWriter, r *http.Request) {
 	mux.HandleFunc("/machine/register", func(w http.ResponseWriter, r *http.Request) { c.register(w, r, machine) })
 	mux.HandleFunc("/machine/map", c.serveMap)
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }) // health reports and the like
-	unhook := context.AfterFunc(c.ctx, func() { nc.Close() })
+	one := &oneConn{Conn: nc, done: make(chan struct{})}
+	unhook := context.AfterFunc(c.ctx, func() { nc.Close(); one.end() })
 	defer unhook()
-	new(http2.Server).ServeConn(nc, &http2.ServeConnOpts{Context: c.ctx, BaseConfig: &http.Server{Handler: mux}})
+	srv := &http.Server{Handler: mux, Protocols: new(http.Protocols), ConnState: func(_ net.Conn, s http.ConnState) {
+		if s == http.StateClosed {
+			one.end()
+		}
+	}}
+	srv.Protocols.SetUnencryptedHTTP2(true)
+	srv.Serve(one)
 }
+
+// oneConn is a listener that accepts the connection in it, and is closed when that is.
+type oneConn struct {
+	net.Conn
+	taken bool
+	once  sync.Once
+	done  chan struct{}
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if !l.taken {
+		l.taken = true
+		return l.Conn, nil
+	}
+	<-l.done
+	return nil, net.ErrClosed
+}
+
+func (l *oneConn) end()           { l.once.Do(func() { close(l.done) }) }
+func (l *oneConn) Close() error   { l.end(); return nil }
+func (l *oneConn) Addr() net.Addr { return l.LocalAddr() }
 
 func (c *bigControl) register(w http.ResponseWriter, r *http.Request, machine key.MachinePublic) {
 	var req tailcfg.RegisterRequest
@@ -210,13 +237,11 @@ func (c *bigControl) serveMap(w http.ResponseWriter, r *http.Request) {
 	}
 	n := c.nodes[i]
 	if !req.Stream { // an update; the answer is not read
-		if !req.ReadOnly {
-			n.Endpoints, n.DiscoKey = req.Endpoints, req.DiscoKey
-			if req.Hostinfo != nil {
-				n.Hostinfo = req.Hostinfo.View()
-			}
-			c.tellOthers(n)
+		n.Endpoints, n.DiscoKey = req.Endpoints, req.DiscoKey
+		if req.Hostinfo != nil {
+			n.Hostinfo = req.Hostinfo.View()
 		}
+		c.tellOthers(n)
 		c.mu.Unlock()
 		w.WriteHeader(http.StatusOK)
 		return

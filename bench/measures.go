@@ -166,13 +166,6 @@ func (r *round) ended(p *proc) {
 	r.procs = slices.DeleteFunc(r.procs, func(q *proc) bool { return q == p })
 }
 
-// running are the processes that have been started and not reaped.
-func (r *round) running() []*proc {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.Clone(r.procs)
-}
-
 // kill ends the round by force.
 func (r *round) kill() {
 	r.mu.Lock()
