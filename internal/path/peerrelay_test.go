@@ -75,6 +75,20 @@ func (w *internet) mayUse(r *prelay, nodes ...*inode) {
 	}
 }
 
+// shaking is on how many endpoints' relays n listens to.
+func (n *inode) shaking() int {
+	n.m.mu.RLock()
+	defer n.m.mu.RUnlock()
+	return len(n.m.shakes)
+}
+
+// sentAll is how many datagrams have been sent by anybody.
+func (w *internet) sentAll() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.datagram
+}
+
 func (n *inode) byPeerRelay() bool { return n.m.Path(n.peer.key).VNI != 0 }
 
 // hard is a pair without a direct path.
@@ -216,17 +230,13 @@ func TestPeerRelaySilence(t *testing.T) {
 			t.Fatal("not by the peer relay")
 		}
 		time.Sleep(sessionFor + refreshMin + refreshSpread)
-		w.mu.Lock()
-		before := w.datagram
-		w.mu.Unlock()
+		before := w.sentAll()
 		time.Sleep(24 * time.Hour)
-		w.mu.Lock()
-		if n := w.datagram - before; n > 0 {
+		if n := w.sentAll() - before; n > 0 {
 			t.Errorf("%d datagrams in a day without traffic", n)
 		}
-		w.mu.Unlock()
-		if n := r.srv.Stats().Endpoints; n != 0 || len(a.m.shakes)+len(b.m.shakes) != 0 {
-			t.Errorf("%d endpoints, %d and %d at the nodes", n, len(a.m.shakes), len(b.m.shakes))
+		if n := r.srv.Stats().Endpoints; n != 0 || a.shaking()+b.shaking() != 0 {
+			t.Errorf("%d endpoints, %d and %d at the nodes", n, a.shaking(), b.shaking())
 		}
 		w.talk(2*time.Second, 50*time.Millisecond, a, b)
 		if !a.byPeerRelay() || !b.byPeerRelay() {
@@ -243,12 +253,12 @@ func TestPeerRelayPermission(t *testing.T) {
 		r := w.prelay("5.5.5.5")
 		w.mayUse(r, a, b)
 		r.deny.Store(true)
-		before := w.datagram
+		before := w.sentAll()
 		w.talk(2*time.Minute, 100*time.Millisecond, a, b)
 		if a.byPeerRelay() || b.byPeerRelay() || r.asked.Load() != 0 {
 			t.Errorf("%+v, asked %d times", a.m.Path(b.key), r.asked.Load())
 		}
-		t.Logf("%d datagrams in two minutes, 2400 of them data", w.datagram-before)
+		t.Logf("%d datagrams in two minutes, 2400 of them data", w.sentAll()-before)
 		r.deny.Store(false)
 		b.m.SetPeerRelays(true, true, nil) // it may not ask
 		w.talk(40*time.Second, 100*time.Millisecond, a, b)

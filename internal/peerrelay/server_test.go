@@ -3,6 +3,7 @@ package peerrelay
 import (
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,12 +19,12 @@ import (
 var stunAt = netip.MustParseAddrPort("9.9.9.9:3478")
 
 // stunServer answers on the network until the test ends, and counts.
-func stunServer(t *testing.T, net *memnet.Network) *int {
+func stunServer(t *testing.T, net *memnet.Network) *atomic.Int64 {
 	c, err := net.Host("9.9.9.9").ListenPacket("udp4", ":3478")
 	if err != nil {
 		t.Fatal(err)
 	}
-	asked, done := new(int), make(chan struct{})
+	asked, done := new(atomic.Int64), make(chan struct{})
 	go func() {
 		defer close(done)
 		b := make([]byte, 1500)
@@ -33,7 +34,7 @@ func stunServer(t *testing.T, net *memnet.Network) *int {
 				return
 			}
 			if tx, err := stun.ParseRequest(b[:n]); err == nil {
-				*asked++
+				asked.Add(1)
 				c.WriteToUDPAddrPort(stun.AppendResponse(nil, tx, src), src)
 			}
 		}
@@ -77,7 +78,7 @@ func TestServerAddresses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		net := memnet.New(1, memnet.Link{Latency: 5 * time.Millisecond})
 		lab := natlab.New(nil)
-		router := lab.Add(natlab.Config{Inside: netip.MustParsePrefix("10.0.0.0/24"), Outside: netip.MustParseAddr("1.1.1.1"), Timeout: 25 * time.Second})
+		router := lab.Add(natlab.Config{Inside: netip.MustParsePrefix("10.0.0.0/24"), Outside: netip.MustParseAddr("1.1.1.1"), Timeout: 30 * time.Second})
 		net.SetRouter(lab)
 		asked := stunServer(t, net)
 		fixed := netip.MustParseAddrPort("7.7.7.7:7")
@@ -96,16 +97,16 @@ func TestServerAddresses(t *testing.T) {
 			t.Errorf("another mapping: %v", ep.Addrs)
 		}
 		time.Sleep(2 * time.Minute)
-		n := *asked
+		n := asked.Load()
 		time.Sleep(24 * time.Hour)
-		if *asked != n || s.Stats().Endpoints != 0 {
-			t.Errorf("asked %d times in a day without anything to relay", *asked-n)
+		if asked.Load() != n || s.Stats().Endpoints != 0 {
+			t.Errorf("asked %d times in a day without anything to relay", asked.Load()-n)
 		}
 		// The first answer after that says what is true now.
 		router.Rebind()
 		ep, ok = ask(s)
-		if !ok || slices.Contains(ep.Addrs, first) || len(ep.Addrs) != 3 || *asked != n+1 {
-			t.Errorf("%v, asked %d times", ep.Addrs, *asked-n)
+		if !ok || slices.Contains(ep.Addrs, first) || len(ep.Addrs) != 3 || asked.Load() != n+1 {
+			t.Errorf("%v, asked %d times", ep.Addrs, asked.Load()-n)
 		}
 		// Another network.
 		if err := s.Rebind(); err != nil {
