@@ -1,8 +1,158 @@
-// helper.c - isolated mode: a helper that dies is told, and started again with the same identity.
+// helper.c - isolated mode: a helper that dies is told, and started again with the same identity; it ends with its host, however that ends; the
+// host may fork as it likes.
 #include "check.h"
 
-int main(void) {
-	alarm(60);
+#include <dirent.h>
+
+static pid_t helper_of(tailnode_node n) {
+	tailnode_stats st = {.size = sizeof st};
+	OK(tailnode_runtime_stats(n, &st, &err));
+	CHECK(st.pid > 0 && st.pid != getpid() && st.crossings == 0);
+	return (pid_t)st.pid;
+}
+
+static int entries(const char *dir) {
+	int n = 0;
+	DIR *d = opendir(dir);
+	while (d && readdir(d))
+		n++;
+	if (d)
+		closedir(d);
+	return n;
+}
+
+static void await_end(pid_t pid) { // it is not our child: init, or a subreaper, reaps it
+	for (int i = 0; kill(pid, 0) == 0; i++) {
+		char path[64], state = 0;
+		snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+		FILE *f = fopen(path, "r");
+		if (f) {
+			if (fscanf(f, "%*d %*s %c", &state) != 1)
+				state = 0;
+			fclose(f);
+		}
+		snprintf(path, sizeof path, "/proc/%d/task", (int)pid);
+		if (state == 'Z' && entries(path) <= 3) // its last thread; and nobody reaps here
+			return;
+		CHECK(i < 30000);
+		poll(NULL, 0, 1);
+	}
+}
+
+static void echo(int fd) {
+	char b[4];
+	write_all(fd, "ping", 4);
+	read_all(fd, b, 4);
+	CHECK(!memcmp(b, "ping", 4));
+}
+
+// A host, in a process of its own: tells its helper's process, and then does as it is told.
+static int host(const char *end) {
+	tailnode_options o = options("chost");
+	tailnode_node n;
+	int fd, ln;
+	o.mode = TAILNODE_ISOLATED;
+	OK(tailnode_new(&o, &n, &err));
+	OK(tailnode_up(n, 30000, &err));
+	OK(tailnode_dial(n, "tcp", "gopeer:7", 0, 30000, &fd, NULL, NULL, &err));
+	OK(tailnode_listen(n, "tcp", ":80", 0, &ln, NULL, &err));
+	echo(fd);
+	pid_t pid = helper_of(n), child = 0;
+	if (!strcmp(end, "child")) { // a child that outlives it, with copies of its descriptors
+		child = fork();
+		if (child == 0) {
+			close(1);
+			for (;;)
+				pause();
+		}
+	}
+	pid_t told[2] = {pid, child};
+	CHECK(write(1, told, sizeof told) == sizeof told);
+	if (!strcmp(end, "exit"))
+		exit(0);
+	if (!strcmp(end, "exec")) {
+		execl("/bin/sleep", "sleep", "60", (char *)NULL);
+		_exit(1);
+	}
+	if (!strcmp(end, "abort"))
+		abort();
+	for (;;)
+		pause();
+}
+
+static void ends(const char *self, const char *end) {
+	int p[2];
+	pid_t told[2];
+	CHECK(pipe2(p, O_CLOEXEC) == 0);
+	pid_t pid = fork();
+	CHECK(pid >= 0);
+	if (pid == 0) {
+		dup2(p[1], 1);
+		execl(self, self, "--host", end, (char *)NULL);
+		_exit(1);
+	}
+	close(p[1]);
+	CHECK(read(p[0], told, sizeof told) == sizeof told);
+	close(p[0]);
+	if (strcmp(end, "exit") && strcmp(end, "abort") && strcmp(end, "exec"))
+		CHECK(kill(pid, SIGKILL) == 0);
+	await_end(told[0]);
+	if (!strcmp(end, "exec"))
+		CHECK(kill(pid, SIGKILL) == 0);
+	if (told[1])
+		CHECK(kill(told[1], SIGKILL) == 0);
+	CHECK(waitpid(pid, NULL, 0) == pid);
+}
+
+// Children come and go in the middle of a transfer, and one of them keeps copies of all descriptors.
+static void forks(void) {
+	tailnode_options o = options("cforks");
+	tailnode_node n;
+	int fd, sink;
+	o.mode = TAILNODE_ISOLATED;
+	OK(tailnode_new(&o, &n, &err));
+	OK(tailnode_dial(n, "tcp", "gopeer:7", 0, 30000, &fd, NULL, NULL, &err));
+	OK(tailnode_dial(n, "tcp", "gopeer:9", 0, 30000, &sink, NULL, NULL, &err));
+	static char block[1 << 16];
+	pid_t keeper = fork();
+	CHECK(keeper >= 0);
+	if (keeper == 0)
+		for (;;)
+			pause();
+	for (int i = 0; i < 100; i++) {
+		write_all(sink, block, sizeof block);
+		pid_t pid = fork();
+		CHECK(pid >= 0);
+		if (pid == 0) {
+			alarm(20);
+			WANT(tailnode_start(n, &err), TAILNODE_FORKED);
+			_exit(0);
+		}
+		echo(fd);
+		int st;
+		CHECK(waitpid(pid, &st, 0) == pid && st == 0);
+	}
+	CHECK(shutdown(sink, SHUT_WR) == 0);
+	unsigned char count[8];
+	read_all(sink, count, 8);
+	CHECK(count[5] == (100 << 16) >> 16 && !count[6] && !count[7]);
+	pid_t pid = helper_of(n);
+	OK(tailnode_close(n, &err));
+	await_end(pid); // although the child has copies
+	CHECK(kill(keeper, SIGKILL) == 0 && waitpid(keeper, NULL, 0) == keeper);
+	CHECK(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD);
+	close(fd);
+	close(sink);
+}
+
+int main(int argc, char **argv) {
+	alarm(120);
+	if (argc > 2 && !strcmp(argv[1], "--host"))
+		return host(argv[2]);
+	static const char *const how[] = {"kill", "exit", "abort", "exec", "child"};
+	for (size_t i = 0; i < sizeof how / sizeof *how; i++)
+		ends(argv[0], how[i]);
+	forks();
 	char dir[] = "/tmp/tailnode-helper-XXXXXX";
 	CHECK(mkdtemp(dir));
 	tailnode_options o = options("chelper");
@@ -41,12 +191,19 @@ int main(void) {
 	pid_t old = (pid_t)st.pid;
 	OK(tailnode_runtime_stats(n, &st, &err));
 	CHECK(st.pid != old);
+	// As often as it dies, and nothing is left of it.
+	int fds = entries("/proc/self/fd");
+	for (int i = 0; i < 10; i++) {
+		CHECK(kill((pid_t)st.pid, SIGKILL) == 0);
+		await_end((pid_t)st.pid);
+		OK(tailnode_up(n, 30000, &err));
+		OK(tailnode_runtime_stats(n, &st, &err));
+	}
+	OK(tailnode_addresses(n, &after, NULL, &err));
+	CHECK(!memcmp(&before, &after, sizeof after) && entries("/proc/self/fd") == fds);
 	OK(tailnode_close(n, &err));
 	// The helper ends with its node.
-	for (int i = 0; kill((pid_t)st.pid, 0) == 0; i++) {
-		CHECK(i < 5000);
-		poll(NULL, 0, 1);
-	}
+	await_end((pid_t)st.pid);
 	// Without TAILNODE_RESTART it is told, and stays so.
 	o.flags = TAILNODE_STATE_MEMORY;
 	OK(tailnode_new(&o, &n, &err));
