@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/tailnode/tailnode/coord/internal/channel"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/noise"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -67,7 +68,7 @@ func (p *peerNode) dial(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	fmt.Fprintf(c, "POST /ts2021 HTTP/1.1\r\nHost: x\r\nUpgrade: %s\r\nConnection: upgrade\r\n%s: %s\r\nContent-Length: 0\r\n\r\n",
-		upgradeProtocol, handshakeHeader, base64.StdEncoding.EncodeToString(init))
+		channel.Protocol, channel.HandshakeHeader, base64.StdEncoding.EncodeToString(init))
 	br := bufio.NewReader(c)
 	resp, err := http.ReadResponse(br, nil)
 	if err != nil {
@@ -459,4 +460,17 @@ func getAny(t *testing.T, url string) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+// bufferedConn reads first what the HTTP client had read ahead.
+type bufferedConn struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (c *bufferedConn) Read(b []byte) (int, error) {
+	if c.r.Buffered() == 0 {
+		return c.Conn.Read(b)
+	}
+	return c.r.Read(b[:min(len(b), c.r.Buffered())])
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/channel"
 	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -255,12 +256,12 @@ func TestOutside(t *testing.T) {
 	for _, c := range []struct{ name, upgrade, handshake string }{
 		{"no upgrade", "", "AAAA"},
 		{"wrong upgrade", "websocket", "AAAA"},
-		{"no handshake", upgradeProtocol, ""},
-		{"no base64", upgradeProtocol, "%%%"},
+		{"no handshake", channel.Protocol, ""},
+		{"no base64", channel.Protocol, "%%%"},
 	} {
 		req := must2(http.NewRequest("POST", s.BaseURL()+"/ts2021", nil))
 		req.Header.Set("Upgrade", c.upgrade)
-		req.Header.Set(handshakeHeader, c.handshake)
+		req.Header.Set(channel.HandshakeHeader, c.handshake)
 		res, err := http.DefaultClient.Do(req)
 		must(t, err)
 		res.Body.Close()

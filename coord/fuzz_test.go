@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/tailnode/tailnode/coord/internal/alloc"
+	"github.com/tailnode/tailnode/coord/internal/channel"
 	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/tailcfg"
@@ -19,7 +20,7 @@ import (
 // inside returns a request as it comes out of machine m's Noise channel, from a client that hangs up.
 func inside(m key.MachinePublic, path string, body []byte) *http.Request {
 	r := httptest.NewRequest("POST", path, bytes.NewReader(body))
-	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), machineKey{}, m))
+	ctx, cancel := context.WithCancel(channel.WithMachine(context.Background(), m))
 	cancel()
 	return r.WithContext(ctx)
 }

@@ -310,7 +310,7 @@ func TestChannelsAreCounted(t *testing.T) {
 	for range 3 {
 		newPeer(t, s, "p").join(k)
 	}
-	if n := s.noise.open.Load(); n != 3 {
+	if n := s.noise.Open(); n != 3 {
 		t.Errorf("%d channels are open, want 3", n)
 	}
 	p := newPeer(t, s, "p")
@@ -320,11 +320,11 @@ func TestChannelsAreCounted(t *testing.T) {
 	must(t, s.Close())
 	tick, limit := time.NewTicker(time.Millisecond), time.After(10*time.Second)
 	defer tick.Stop()
-	for s.noise.open.Load() != 0 { // net/http gives no event for the end of its goroutines
+	for s.noise.Open() != 0 { // net/http gives no event for the end of its goroutines
 		select {
 		case <-tick.C:
 		case <-limit:
-			t.Fatalf("%d channels are left in the count", s.noise.open.Load())
+			t.Fatalf("%d channels are left in the count", s.noise.Open())
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/tailnode/tailnode/coord/internal/alloc"
+	"github.com/tailnode/tailnode/coord/internal/channel"
 	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/coordstore"
 	"github.com/tailnode/tailnode/internal/key"
@@ -108,7 +109,7 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	req.from = throttle.Group(from)
-	resp, err := s.register(r, machine(r), req)
+	resp, err := s.register(r, channel.Machine(r), req)
 	if err != nil {
 		text, ok := err.(refusal)
 		if !ok {

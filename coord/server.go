@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/channel"
 	"github.com/tailnode/tailnode/coord/internal/throttle"
 	"github.com/tailnode/tailnode/internal/coordstore"
 	"github.com/tailnode/tailnode/internal/key"
@@ -102,7 +103,7 @@ type Server struct {
 
 	ctx    context.Context
 	cancel context.CancelFunc
-	noise  *noiseServer
+	noise  *channel.Server
 	https  []*http.Server
 	wg     sync.WaitGroup
 	done   chan struct{} // closed when Close is through
@@ -177,14 +178,14 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	}
 
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.noise = newNoiseServer(s)
+	s.noise = channel.New(channel.Config{Key: s.net.srv.Key, Handler: s.innerMux(), Context: s.ctx, Logger: s.log})
 	s.failures = throttle.New()
 	s.logins = map[string]*login{}
 	s.pinging = map[string]*pendingPing{}
 	s.wake = make(chan struct{})
 	s.done = make(chan struct{})
 	s.public = s.publicMux()
-	s.wg.Go(s.noise.serve)
+	s.wg.Go(s.noise.Serve)
 	if ln != nil {
 		if s.TLSConfig != nil {
 			cfg := s.TLSConfig.Clone()
@@ -205,7 +206,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		}
 		if err != nil {
 			s.cancel()
-			s.noise.close()
+			s.noise.Close()
 			for _, h := range s.https {
 				h.Close()
 			}
@@ -355,11 +356,12 @@ func (s *Server) Close() error {
 	for _, h := range s.https {
 		h.Close()
 	}
-	s.noise.close()
+	s.noise.Close()
 	s.wg.Wait()
-	for _, h := range append(s.https, s.noise.hs) {
+	for _, h := range s.https {
 		h.Close() // once more, for a connection that was being accepted the first time
 	}
+	s.noise.Close()
 	if s.Dir != "" {
 		os.Remove(filepath.Join(s.Dir, adminFile)) // its address leads nowhere now
 	}

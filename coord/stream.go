@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailnode/tailnode/coord/internal/channel"
 	"github.com/tailnode/tailnode/coord/internal/mapframe"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -60,7 +61,7 @@ func (s *Server) serveMap(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "unknown compression", http.StatusBadRequest)
 		return
 	}
-	m, now := machine(r), time.Now()
+	m, now := channel.Machine(r), time.Now()
 	if s.lock() != nil {
 		http.Error(w, "coordination server is stopping", http.StatusServiceUnavailable)
 		return
