@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -53,17 +55,74 @@ var cuts = []fault{
 	}},
 }
 
-// roams change a node's address, as another Wi-Fi does.
+// roams change a node's address, as another Wi-Fi does, or its link, or its way out, or have it sleep.
 var roams = []fault{
-	{name: "sender moves", do: func(a, _ *proc, round int) { move(a, round) }},
-	{name: "receiver moves", do: func(_, b *proc, round int) { move(b, round) }},
+	{name: "sender moves", do: func(a, _ *proc, _ int) { move(a) }},
+	{name: "receiver moves", do: func(_, b *proc, _ int) { move(b) }},
+	{name: "sender's link goes and comes", outage: darkFor, do: func(a, _ *proc, _ int) { flap(a) }},
+	{name: "receiver's link goes and comes", outage: darkFor, do: func(_, b *proc, _ int) { flap(b) }},
+	{name: "sender's way out is another", do: func(a, _ *proc, _ int) { reroute(a) }},
+	{name: "receiver's way out is another", do: func(_, b *proc, _ int) { reroute(b) }},
+	{name: "sender sleeps", outage: sleepFor, do: func(a, _ *proc, _ int) { sleep(a) }},
+	{name: "receiver sleeps", outage: sleepFor, do: func(_, b *proc, _ int) { sleep(b) }},
 }
 
-func move(p *proc, round int) {
+// sleepFor is long enough for the sleeper to notice by the clock alone.
+const sleepFor = 32 * time.Second
+
+// ways is what a host's addresses are: on eth0, or on eth1 once it has that.
+func ways(p *proc) (dev string, net int) {
+	out, _ := exec.Command("ip", "-n", p.site.l.ns(p.host), "-4", "route", "show", "default").Output()
+	f := strings.Fields(string(out))
+	for i := range f {
+		switch {
+		case f[i] == "dev" && i+1 < len(f):
+			dev = f[i+1]
+		case strings.HasPrefix(f[i], "192.168."):
+			fmt.Sscanf(f[i], "192.168.%d.1", &net)
+		}
+	}
+	return dev, net
+}
+
+// flap takes the link away and gives it back; a host without a manager of its network loses its routes by that.
+func flap(p *proc) {
+	dev, net := ways(p)
+	p.site.l.sh(p.host, "ip link set "+dev+" down")
+	<-time.After(darkFor)
+	p.site.l.sh(p.host, fmt.Sprintf("ip link set %s up\nip route add default via 192.168.%d.1 dev %s", dev, net, dev))
+}
+
+// reroute changes the default route to the host's other interface, which it gets the first time. Its addresses stay.
+func reroute(p *proc) {
+	l := p.site.l
+	if exec.Command("ip", "-n", l.ns(p.host), "link", "show", "eth1").Run() != nil {
+		other := fmt.Sprintf("o%s", strings.TrimPrefix(p.host, "node"))
+		l.sh("", fmt.Sprintf("ip -n %s link add %s type veth peer name eth1 netns %s", l.ns(p.site.router()), other, l.ns(p.host)))
+		l.sh(p.site.router(), fmt.Sprintf("ip addr add 192.168.3.1/24 dev %[1]s\nip link set %[1]s up", other))
+		l.sh(p.host, "ip link set eth1 up\nip addr add 192.168.3.10/24 dev eth1")
+	}
+	if dev, net := ways(p); dev == "eth0" {
+		p.way = net
+		l.sh(p.host, "ip route replace default via 192.168.3.1 dev eth1")
+	} else {
+		l.sh(p.host, fmt.Sprintf("ip route replace default via 192.168.%d.1 dev eth0", p.way))
+	}
+}
+
+// sleep stops the process, as a host that sleeps does, while the world goes on.
+func sleep(p *proc) {
+	p.signal(syscall.SIGSTOP)
+	<-time.After(sleepFor)
+	p.signal(syscall.SIGCONT)
+}
+
+func move(p *proc) {
 	from, to := 1, 2
-	if round%4 >= 2 {
+	if p.moved {
 		from, to = 2, 1
 	}
+	p.moved = !p.moved
 	p.site.l.sh(p.host, fmt.Sprintf(`
 		ip addr del 192.168.%d.10/24 dev eth0
 		ip addr add 192.168.%d.10/24 dev eth0
@@ -79,11 +138,11 @@ func TestCuts(t *testing.T) {
 	testFaults(t, cuts, rounds)
 }
 
-// TestRoaming: a transfer outlives that either end moves to another network.
+// TestRoaming: a transfer outlives that either end moves to another network, loses its link, gets another way out, or sleeps.
 func TestRoaming(t *testing.T) {
-	rounds := 4
+	rounds := len(roams)
 	if testing.Short() {
-		rounds = 2
+		rounds = 4
 	}
 	testFaults(t, roams, rounds)
 }
@@ -203,7 +262,7 @@ func testFaultsOf(ctx context.Context, t *testing.T, l *lab, sender, receiver st
 			d := s.For - e.outage
 			longest[e.name] = max(longest[e.name], d)
 		}
-		t.Logf("round %2d: %-22s sender %-35s receiver %-35s stalls %s", i, e.name, course(changes[0], e.at, e.mended, end),
+		t.Logf("round %2d: %-30s sender %-35s receiver %-35s stalls %s", i, e.name, course(changes[0], e.at, e.mended, end),
 			course(changes[1], e.at, e.mended, end), strings.Join(list, " "))
 	}
 	t.Logf("%s: %d MB in %v, nothing lost", name, r.Bytes>>20, r.Took.Round(time.Millisecond))

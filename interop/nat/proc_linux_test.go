@@ -17,11 +17,13 @@ import (
 
 // proc is a child process in a namespace.
 type proc struct {
-	who  string // "ours", "upstream" or "server"
-	name string
-	host string // namespace, without the lab's prefix
-	site *site
-	up   upResult
+	who   string // "ours", "upstream" or "server"
+	name  string
+	host  string // namespace, without the lab's prefix
+	site  *site
+	up    upResult
+	moved bool // see move
+	way   int  // the network by which the host left eth0, see reroute
 
 	cmd  *exec.Cmd
 	in   io.WriteCloser
@@ -81,6 +83,9 @@ func (p *proc) read(out io.Reader) {
 		}
 	}
 }
+
+// signal sends a signal to the child itself: ip(8) has become it.
+func (p *proc) signal(s os.Signal) { p.cmd.Process.Signal(s) }
 
 // close ends the child: it leaves by itself when its input ends, and is killed if it does not.
 func (p *proc) close() {
