@@ -466,7 +466,11 @@ func (o *owner) setRoute(now time.Time, a *active, act *action) {
 	if same {
 		return
 	}
-	o.m.log.Debug("path: direct", "peer", a.p.key.ShortString(), "addr", rt.addr, "vni", rt.vni)
+	if rt.vni == 0 {
+		o.m.log.Debug("path: direct", "peer", a.p.key.ShortString(), "addr", rt.addr)
+	} else {
+		o.m.log.Debug("path: by peer relay", "peer", a.p.key.ShortString(), "relay", rt.addr, "vni", rt.vni)
+	}
 	if f := o.m.cfg.DirectUp; f != nil {
 		f(a.p, a.p.region() != 0)
 	}

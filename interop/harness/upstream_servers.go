@@ -36,6 +36,25 @@ func UpstreamControlInteractive(r RelayInfo, logf func(string, ...any)) (Control
 	return upstreamControlMode(r, logf, true)
 }
 
+// UpstreamControlPeerRelays is UpstreamControl where every node may use every other as a peer relay.
+func UpstreamControlPeerRelays(r RelayInfo, logf func(string, ...any)) (Control, error) {
+	c, err := upstreamControlMode(r, logf, false)
+	if err == nil {
+		c.(*upstreamControl).ctrl.PeerRelayGrants = true
+	}
+	return c, err
+}
+
+// PeerRelays returns which nodes of an upstream Control say that they are peer relays, by host name.
+func PeerRelays(c Control) (names []string) {
+	for _, n := range c.(*upstreamControl).ctrl.AllNodes() {
+		if n.Hostinfo.Valid() && n.Hostinfo.PeerRelay() {
+			names = append(names, n.Hostinfo.Hostname())
+		}
+	}
+	return names
+}
+
 func upstreamControlMode(r RelayInfo, logf func(string, ...any), interactive bool) (Control, error) {
 	if logf == nil {
 		logf = discard
