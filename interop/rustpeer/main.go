@@ -38,7 +38,7 @@ func run() error {
 	discard := func(string, ...any) {}
 	s := &tsnet.Server{Dir: dir, Hostname: "tspeer", ControlURL: os.Getenv("TS_CONTROL_URL"), AuthKey: os.Getenv("TS_AUTHKEY"),
 		Ephemeral: true, Logf: discard, UserLogf: discard}
-	defer s.Close()
+	// It is not closed: the process ends, and Close can take its time.
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if _, err := s.Up(ctx); err != nil {

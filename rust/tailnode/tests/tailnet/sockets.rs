@@ -411,6 +411,35 @@ async fn back_pressure() {
     .await;
 }
 
+/// 32 MB to an echo and back, both ways at once, through every buffer there is.
+#[tokio::test(flavor = "multi_thread")]
+async fn echo() {
+    const LEN: usize = 32 << 20;
+    within(async {
+        let a = up("recho").await;
+        let (mut r, mut w) = a.dial("gopeer:7").await.unwrap().into_split();
+        let sender = tokio::spawn(async move {
+            let buf: Vec<u8> = (0..64 << 10).map(|i| (i % 251) as u8).collect();
+            for _ in 0..LEN / buf.len() {
+                w.write_all(&buf).await.unwrap();
+            }
+        }); // the end of the write half is a FIN, which the echo answers with its own
+        let (mut got, mut buf) = (0, vec![0; 64 << 10]);
+        loop {
+            let n = r.read(&mut buf).await.unwrap();
+            if n == 0 {
+                break;
+            }
+            assert!(buf[..n].iter().enumerate().all(|(i, b)| *b == ((got + i) % (64 << 10) % 251) as u8));
+            got += n;
+        }
+        assert_eq!(got, LEN);
+        sender.await.unwrap();
+        a.close().await.unwrap();
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn runtime_of_the_core() {
     within(async {

@@ -34,10 +34,11 @@ fn peer() -> Child {
 #[tokio::test(flavor = "multi_thread")]
 async fn to_upstream_and_back() {
     let mut child = tokio::task::spawn_blocking(peer).await.unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut line = move || lines.next().expect("upstream's node speaks").unwrap();
+    let (tx, mut lines) = tokio::sync::mpsc::unbounded_channel();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|l| tx.send(l)));
     within(async {
-        assert_eq!(line(), "up");
+        assert_eq!(lines.recv().await.expect("upstream's node comes up"), "up");
         let a = up("rupstream").await;
         let listener = a.listen(":80").await.unwrap();
 
@@ -69,7 +70,7 @@ async fn to_upstream_and_back() {
         let mut heard = String::new();
         conn.read_to_string(&mut heard).await.unwrap(); // it answers after our end
         assert_eq!(heard, "heard 16 bytes");
-        assert_eq!(line(), "hello, upstream");
+        assert_eq!(lines.recv().await.unwrap(), "hello, upstream");
 
         // Refused and reset are told apart.
         let e = a.dial("tspeer:9999").await.unwrap_err();
