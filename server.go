@@ -113,6 +113,9 @@ type Server struct {
 	// UPnP, which it does where it finds itself behind a NAT. It has no counterpart in tsnet.
 	DisablePortMapping bool
 
+	// Limits bounds what the server holds in memory. The zero value is good.
+	Limits Limits
+
 	// AdvertiseTags are the tags to ask control for, each "tag:name".
 	AdvertiseTags []string
 
@@ -156,6 +159,10 @@ func (s *Server) start(op string) (*node.Node, error) {
 var errClosed = fmt.Errorf("the server is closed: %w", net.ErrClosed)
 
 func (s *Server) startLocked() (err error) {
+	limits, err := s.Limits.check()
+	if err != nil {
+		return err
+	}
 	var prog string
 	if exe, err := os.Executable(); err == nil {
 		prog = strings.TrimSuffix(strings.ToLower(filepath.Base(exe)), ".exe")
@@ -185,6 +192,7 @@ func (s *Server) startLocked() (err error) {
 		Port:       s.Port,
 		PeerRelay:  s.peerRelay(),
 		NoPortMap:  s.DisablePortMapping,
+		Limits:     limits,
 		Logger:     s.logger(),
 	})
 	if err != nil {

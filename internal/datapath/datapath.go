@@ -58,8 +58,7 @@ type Config struct {
 	PeerRelay *PeerRelay
 	// RelayOnly does without UDP.
 	RelayOnly bool
-	// KeepMemory leaves it to the Go runtime when memory that a burst of traffic needed is given back, see reclaim.
-	KeepMemory bool
+	Limits    Limits
 	// Endpoints, if not nil, is told where this node may be reached directly, whenever that changes. It
 	// must not block or call the Engine.
 	Endpoints func(eps []path.Endpoint)
@@ -105,7 +104,10 @@ func New(cfg Config) (*Engine, error) {
 	e.waits.init()
 	e.dns.e = e
 	e.peerRelays.e, e.peerRelays.conf = e, cfg.PeerRelay
-	stack, err := netstack.New(netstack.Config{MTU: MTU, Output: (*output)(e), Logger: cfg.Logger})
+	stack, err := netstack.New(netstack.Config{
+		MTU: MTU, Output: (*output)(e), Logger: cfg.Logger,
+		MaxBuffer: cfg.Limits.ConnMemory, BufferBudget: cfg.Limits.TCPMemory, UDPBuffer: cfg.Limits.UDPMemory, Backlog: cfg.Limits.Backlog,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
 	}

@@ -40,11 +40,13 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	t := &transport{e: e, peers: map[key.NodePublic]*peer{}}
 	var err error
 	var traffic func(bool)
-	if !e.cfg.KeepMemory {
+	if !e.cfg.Limits.KeepMemory {
 		traffic = e.reclaim.traffic
 	}
 	t.dev, err = wg.NewDevice(wg.Config{
 		Traffic:    traffic,
+		StageBytes: e.cfg.Limits.StageMemory,
+		Workers:    e.cfg.Limits.Workers,
 		PrivateKey: k,
 		MTU:        MTU,
 		Unknown:    func(pub key.NodePublic) bool { return t.peer(pub) != nil },

@@ -53,6 +53,7 @@ type Config struct {
 	PeerRelay *datapath.PeerRelay
 	// NoPortMap keeps the node from asking the router for a port.
 	NoPortMap bool
+	Limits    datapath.Limits
 	Logger    *slog.Logger
 }
 
@@ -169,6 +170,7 @@ func Start(cfg Config) (*Node, error) {
 		PeerRelay:   cfg.PeerRelay,
 		Endpoints:   n.setEndpoints,
 		LinkChanged: n.linkChanged,
+		Limits:      cfg.Limits,
 		Logger:      cfg.Logger,
 	})
 	if err != nil {

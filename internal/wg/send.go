@@ -215,11 +215,13 @@ type pool struct {
 	closed bool
 }
 
-func (q *pool) init(mtu int) {
+func (q *pool) init(mtu, workers int) {
 	msg := mtu + sizeHeader + sizeTag
 	q.large = max(msg, maxBatch)
 	q.small = min(4*msg, q.large)
-	q.max = 2 * runtime.GOMAXPROCS(0)
+	if q.max = workers; workers <= 0 {
+		q.max = 2 * runtime.GOMAXPROCS(0)
+	}
 }
 
 func (q *pool) get() *[]byte {

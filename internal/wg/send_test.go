@@ -193,8 +193,7 @@ func TestConfig(t *testing.T) {
 
 func TestPool(t *testing.T) {
 	var q pool
-	q.init(1280)
-	q.max = 2
+	q.init(1280, 2)
 	a, b, c := q.get(), q.get(), q.get()
 	if len(*a) != q.large || len(*b) != q.large || len(*c) != q.small {
 		t.Errorf("%d, %d, %d", len(*a), len(*b), len(*c))

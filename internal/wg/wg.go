@@ -101,6 +101,9 @@ type Config struct {
 	// StageBytes bounds the plaintext kept, on all peers together, for handshakes to
 	// complete. 0 means 4 MiB.
 	StageBytes int
+	// Workers is how many goroutines may have a batch buffer of 64 KiB at a time; whoever finds none left seals into a small one. 0 means
+	// twice GOMAXPROCS.
+	Workers int
 	// Traffic, if not nil, is called every ten seconds with true while a lot is sent, and then once with false, when
 	// for ten seconds it was little: what was kept for speed may be given back. It runs on the timer's goroutine with no lock
 	// of this package held, and must not block. Without traffic there is no timer.
@@ -194,7 +197,7 @@ func NewDevice(cfg Config) (*Device, error) {
 	d.table.init()
 	d.sched.init(d)
 	d.janitor.init(d)
-	d.pool.init(d.mtu)
+	d.pool.init(d.mtu, cfg.Workers)
 	d.stage.init(cfg.StageBytes)
 	return d, nil
 }
