@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,7 +32,8 @@ type stream struct {
 	c     tcpConn
 	reset bool // under mu
 	mu    sync.Mutex
-	both  sync.WaitGroup
+	moves atomic.Int32 // directions that are still carried
+	done  func()
 	werr  error // of the socket, in toHost
 }
 
@@ -60,14 +62,18 @@ func newStream(c net.Conn, nonblock bool) (host int, st *stream, err error) {
 
 // run starts to carry. done is called when all is over.
 func (st *stream) run(done func()) {
-	st.both.Add(2)
+	st.done = done
+	st.moves.Store(2)
 	go st.fromHost()
 	go st.toHost()
-	go func() {
-		st.both.Wait()
+}
+
+// over is called by each direction at its end.
+func (st *stream) over() {
+	if st.moves.Add(-1) == 0 {
 		st.end()
-		done()
-	}()
+		st.done()
+	}
 }
 
 // end closes both sides when nothing moves any more.
@@ -105,7 +111,7 @@ func (st *stream) Write(b []byte) (int, error) {
 }
 
 func (st *stream) toHost() {
-	defer st.both.Done()
+	defer st.over()
 	_, err := io.Copy(st, st.c) // the stack's WriteTo: from its buffers
 	switch {
 	case st.werr != nil: // the host closed: what it wrote before still goes out
@@ -118,7 +124,7 @@ func (st *stream) toHost() {
 }
 
 func (st *stream) fromHost() {
-	defer st.both.Done()
+	defer st.over()
 	for {
 		n, hostReset, err := st.await()
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync"
@@ -32,6 +33,29 @@ func up(name string) *tailnode.Server {
 	return s
 }
 
+func say(what string, v float64) { fmt.Printf("Go\t%s\t%.1f\n", what, v) }
+
+func memory(dial func(string) net.Conn) {
+	var open []net.Conn
+	b := make([]byte, 8)
+	for _, n := range []int{0, 10, 1000} {
+		for len(open) < n {
+			c := dial("gopeer:7")
+			check(c.Write([]byte("question")))
+			check(io.ReadFull(c, b))
+			open = append(open, c)
+		}
+		debug.FreeOSMemory()
+		var size, pages int
+		check(fmt.Sscan(string(check(os.ReadFile("/proc/self/statm"))), &size, &pages))
+		say(fmt.Sprintf("host, %d connections: RSS, MB", n), float64(pages*os.Getpagesize())/1e6)
+		say(fmt.Sprintf("host, %d connections: threads", n), float64(len(check(os.ReadDir("/proc/self/task")))))
+	}
+	for _, c := range open {
+		c.Close()
+	}
+}
+
 func main() {
 	total := 512 << 20
 	if len(os.Args) > 1 {
@@ -40,6 +64,7 @@ func main() {
 	a := up("gobencha")
 	dial := func(addr string) net.Conn { return check(a.Dial(context.Background(), "tcp", addr)) }
 	buf := make([]byte, 256<<10)
+	memory(dial)
 
 	c := dial("gopeer:9")
 	check(c.Write(buf))
@@ -106,8 +131,18 @@ func main() {
 	}
 	wg.Wait()
 	rate := 8 * each / time.Since(t).Seconds()
+	t = time.Now()
+	for range 10000 {
+		a.TailscaleIPs()
+	}
+	call := time.Since(t) / 10000
 	us := func(d time.Duration) float64 { return float64(d) / 1e3 }
-	fmt.Printf("Go            send %5.2f Gbit/s  receive %5.2f Gbit/s  rtt p50 %5.1f p99 %6.1f us  connections %5.0f/s\n", send, receive, us(rtt[rounds/2]), us(rtt[rounds*99/100]), rate)
+	say("send, Gbit/s", send)
+	say("receive, Gbit/s", receive)
+	say("round trip of 1 byte, p50, us", us(rtt[rounds/2]))
+	say("round trip of 1 byte, p99, us", us(rtt[rounds*99/100]))
+	say("dialled, accepted and closed, 1/s", rate)
+	say("a call (the node's addresses), us", us(call))
 	a.Close()
 	b.Close()
 }

@@ -1,7 +1,9 @@
 // bench.c - what the hand-over through descriptors costs. testnet/../gobench does the same in Go; `make -C cabi bench` alternates.
-#include <stdint.h>
-
 #include "check.h"
+
+#include <dirent.h>
+#include <stdint.h>
+#include <sys/resource.h>
 
 static double now(void) {
 	struct timespec ts;
@@ -22,6 +24,53 @@ static int by_value(const void *a, const void *b) {
 static tailnode_node a, b;
 static int ln;
 
+static void say(const char *what, double value) { printf("%s\t%s\t%.1f\n", isolated() ? "isolated" : "in process", what, value); }
+
+static void usage(pid_t pid, int connections, const char *whose) {
+	char path[64], what[100];
+	long pages = 0, threads = -2;
+	snprintf(path, sizeof path, "/proc/%d/statm", (int)pid);
+	FILE *f = fopen(path, "r");
+	CHECK(f && fscanf(f, "%*s %ld", &pages) == 1);
+	fclose(f);
+	snprintf(path, sizeof path, "/proc/%d/task", (int)pid);
+	DIR *d = opendir(path);
+	while (d && readdir(d))
+		threads++;
+	closedir(d);
+	snprintf(what, sizeof what, "%s, %d connections: RSS, MB", whose, connections);
+	say(what, (double)pages * (double)sysconf(_SC_PAGESIZE) / 1e6);
+	snprintf(what, sizeof what, "%s, %d connections: threads", whose, connections);
+	say(what, (double)threads);
+}
+
+// Memory and threads of the host, and of its helper, with connections that have been used and are open.
+static void memory(void) {
+	static int fd[1000];
+	static const int at[] = {0, 10, 1000};
+	struct rlimit rl;
+	getrlimit(RLIMIT_NOFILE, &rl);
+	rl.rlim_cur = rl.rlim_max;
+	setrlimit(RLIMIT_NOFILE, &rl);
+	int open = 0;
+	char c[8];
+	for (size_t k = 0; k < sizeof at / sizeof *at; k++) {
+		for (; open < at[k]; open++) {
+			OK(tailnode_dial(a, "tcp", "gopeer:7", 0, 30000, &fd[open], NULL, NULL, &err));
+			write_all(fd[open], "question", 8);
+			read_all(fd[open], c, 8);
+		}
+		tailnode_stats st = {.size = sizeof st};
+		OK(tailnode_trim(a, &err));
+		OK(tailnode_runtime_stats(a, &st, &err));
+		usage(getpid(), open, "host");
+		if (isolated())
+			usage((pid_t)st.pid, open, "helper");
+	}
+	for (int i = 0; i < open; i++)
+		close(fd[i]);
+}
+
 static void *dialer(void *p) {
 	for (int i = 0; i < *(int *)p; i++) {
 		int fd;
@@ -40,6 +89,7 @@ int main(int argc, char **argv) {
 	static char buf[256 << 10];
 	char n8[8];
 	int fd;
+	memory();
 
 	OK(tailnode_dial(a, "tcp", "gopeer:9", 0, 30000, &fd, NULL, NULL, &err));
 	write_all(fd, buf, sizeof buf);
@@ -101,8 +151,12 @@ int main(int argc, char **argv) {
 	for (int i = 0; i < 10000; i++)
 		OK(tailnode_addresses(a, &v4, NULL, &err));
 	double call = (now() - t) * 1e6 / 10000;
-	printf("C %-10s send %5.2f Gbit/s  receive %5.2f Gbit/s  rtt p50 %5.1f p99 %6.1f us  connections %5.0f/s  call %5.1f us\n", isolated() ? "isolated" : "in process", send, receive,
-	       rtt[ROUNDS / 2], rtt[ROUNDS * 99 / 100], rate, call);
+	say("send, Gbit/s", send);
+	say("receive, Gbit/s", receive);
+	say("round trip of 1 byte, p50, us", rtt[ROUNDS / 2]);
+	say("round trip of 1 byte, p99, us", rtt[ROUNDS * 99 / 100]);
+	say("dialled, accepted and closed, 1/s", rate);
+	say("a call (the node's addresses), us", call);
 	OK(tailnode_close(a, &err));
 	OK(tailnode_close(b, &err));
 	return 0;
