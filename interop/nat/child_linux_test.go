@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -123,6 +124,7 @@ type child struct {
 	node  harness.Node
 	relay *relay.Server
 	coord *coord.Server
+	pcp   *pinholes
 
 	mu      sync.Mutex
 	streams map[int]*stream
@@ -193,6 +195,12 @@ func (c *child) do(ctx context.Context, r request) (any, error) {
 		return with(r, func(a coordArgs) (any, error) { return nil, c.startCoord(ctx, a) })
 	case "proxy":
 		return with(r, func(addr string) (any, error) { return nil, c.proxy(addr) })
+	case "pcp":
+		return nil, c.servePCP()
+	case "pinholes":
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return slices.Clone(c.pcp.asks), nil
 	case "authkey":
 		return c.coord.CreateAuthKey(coord.AuthKeyOptions{})
 	case "grant":

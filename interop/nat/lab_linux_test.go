@@ -422,7 +422,11 @@ func (l *lab) node(ctx context.Context, s *site, who, hostname string) (*proc, e
 
 // startNode is node with more to say of it.
 func (l *lab) startNode(ctx context.Context, s *site, who string, a upArgs) (*proc, error) {
-	host := s.host()
+	return l.startOn(ctx, s, s.host(), who, a)
+}
+
+// startOn is startNode on a host that is there.
+func (l *lab) startOn(ctx context.Context, s *site, host, who string, a upArgs) (*proc, error) {
 	var k string
 	if err := l.coord.call(ctx, "authkey", nil, &k); err != nil {
 		return nil, err
