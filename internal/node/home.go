@@ -11,6 +11,9 @@ import (
 // homeInterval is how often the home relay is thought over when nothing happens.
 const homeInterval = 20 * time.Minute
 
+// firstRetry is when it is after a check without an answer; the times after that double.
+const firstRetry = 5 * time.Second
+
 // relayWait bounds how long control is not told of a new home relay that does not answer.
 const relayWait = time.Second
 
@@ -25,19 +28,21 @@ func (n *Node) kickHome() {
 // tells control of it.
 func (n *Node) chooseHome() {
 	var last *netcheck.Report
-	tick := time.NewTicker(homeInterval)
-	defer tick.Stop()
-	var maps netcheck.PortMapping // as last found out
+	timer := time.NewTimer(homeInterval)
+	defer timer.Stop()
+	looked := time.Now() // at the router
+	var maps netcheck.PortMapping
 	var known bool
+	mute := 0 // checks in a row to which nobody answered over UDP
 	for {
-		look := false // at the router too
 		select {
 		case <-n.ctx.Done():
 			return
-		case <-tick.C:
-			look = true
+		case <-timer.C:
 		case <-n.homeKick:
+			mute = 0
 		}
+		timer.Reset(homeInterval)
 		st, _ := n.Status()
 		if st.Netmap == nil || st.Netmap.DERPMap == nil {
 			continue
@@ -58,7 +63,8 @@ func (n *Node) chooseHome() {
 			n.engine.SetHome(rep.Home)
 		}
 		n.awaitRelay()
-		if port, hole := n.wantsPort(); look {
+		if port, hole := n.wantsPort(); time.Since(looked) >= homeInterval-time.Minute {
+			looked = time.Now()
 			// Routers do not tell when they restart; their clocks do when they are asked.
 			if port {
 				if r, err := n.ports.Probe(n.ctx); err == nil {
@@ -74,7 +80,22 @@ func (n *Node) chooseHome() {
 			ni.PMP, ni.PCP, ni.UPnP = tailcfg.Bool(maps.PMP), tailcfg.Bool(maps.PCP), tailcfg.Bool(maps.UPnP)
 		}
 		n.tellControl(ni)
+		if udp, measured := ni.WorkingUDP.Get(); measured && !udp {
+			mute++
+		} else {
+			mute = 0
+		}
+		timer.Reset(nextCheck(mute))
 	}
+}
+
+// nextCheck returns how long after a check the next is due. A check that heard nothing may have come at a bad moment, such as
+// that of waking up, and what it says of the network, and of the home, should not stand for long.
+func nextCheck(mute int) time.Duration {
+	if mute == 0 {
+		return homeInterval
+	}
+	return min(homeInterval, firstRetry<<min(mute-1, 20))
 }
 
 // netcheckConfig is a check's over the node's own sockets, so that what it finds is true of those that carry traffic.

@@ -407,6 +407,49 @@ func TestNetworksOfOneSite(t *testing.T) {
 	}
 }
 
+// TestAsymmetricLoss: a direct path that loses in one direction is used as long as it answers, one that is dead in one direction is not.
+func TestAsymmetricLoss(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		xy, yx float64
+		direct bool
+	}{
+		{"a fifth, there", 0.2, 0, true},
+		{"a fifth, back", 0, 0.2, true},
+		{"much there, little back", 0.3, 0.05, true},
+		{"dead there", 1, 0, false},
+		{"dead back", 0, 1, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSim(t)
+			rnd := rand.New(rand.NewPCG(1, 2))
+			s.delay = func(from, _ netip.AddrPort) (time.Duration, bool) {
+				loss := tt.xy
+				if from.Addr() == netip.MustParseAddr("2.2.2.2") {
+					loss = tt.yx
+				}
+				return 5 * time.Millisecond, rnd.Float64() >= loss
+			}
+			s.nat("10.0.0.0/24", "1.1.1.1", natlab.EndpointIndependent, natlab.AddressAndPortDependent)
+			s.nat("192.168.0.0/24", "2.2.2.2", natlab.EndpointIndependent, natlab.AddressAndPortDependent)
+			x, y := s.node("10.0.0.2:1"), s.node("192.168.0.2:2")
+			s.pair(x, y)
+			s.run(time.Minute, 50*time.Millisecond)
+			for _, n := range s.nodes {
+				if n.directAt.IsZero() == tt.direct {
+					t.Errorf("direct at %v", n.directAt)
+				}
+				if tt.direct && n.directPkts < 10*n.relayPkts {
+					t.Errorf("%d packets directly, %d by the relay", n.directPkts, n.relayPkts)
+				}
+				if n.maxGap > 2*time.Second {
+					t.Errorf("stalled for %v", n.maxGap)
+				}
+			}
+		})
+	}
+}
+
 func TestPathLossAndReturn(t *testing.T) {
 	s := newSim(t)
 	cut := false
