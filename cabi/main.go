@@ -5,6 +5,7 @@
 package main
 
 // void tailnode_core_give_back_signals(void);
+// void tailnode_core_give_back_limits(void);
 import "C"
 
 import (
@@ -14,6 +15,9 @@ import (
 )
 
 var crossings atomic.Int64
+
+// Package syscall has changed them, and has been initialised before.
+func init() { C.tailnode_core_give_back_limits() }
 
 //export tailnode_core_serve
 func tailnode_core_serve(fd C.int) C.int {

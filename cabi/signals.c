@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #define SIGNALS 65
 
@@ -121,10 +122,23 @@ static int in_object(struct dl_phdr_info *info, size_t size, void *found) {
 	return 1;
 }
 
+// ---- the limit on descriptors ----
+
+static struct rlimit files;
+
+// Package syscall raises it when it is initialised, to one less than what is allowed (by which it can be told), for itself; but it is the host's, and
+// its children's: select(2) has no room for more.
+void tailnode_core_give_back_limits(void) {
+	struct rlimit now;
+	if (getrlimit(RLIMIT_NOFILE, &now) == 0 && now.rlim_max == files.rlim_max && now.rlim_cur + 1 == now.rlim_max && files.rlim_cur < now.rlim_cur)
+		setrlimit(RLIMIT_NOFILE, &files);
+}
+
 // ---- around the start of the runtime ----
 
 // Before the runtime's constructor, which has no priority.
 __attribute__((constructor(101))) static void before_runtime(void) {
+	getrlimit(RLIMIT_NOFILE, &files);
 	struct entry *table = NULL;
 	dl_iterate_phdr(in_object, &table);
 	if (table) {

@@ -111,8 +111,10 @@ int tailnode_new(const tailnode_options *given, tailnode_node *out, tailnode_err
 		tn_op_await(op, -1, NULL, NULL);
 		tn_unref(op);
 	}
-	if (n->callbacks)
-		tn_callbacks_join(n->callbacks);
+	struct callbacks *cb = n->callbacks;
+	n->callbacks = NULL;
+	if (cb)
+		tn_callbacks_join(cb);
 	tn_unref(n);
 	return code;
 }
@@ -206,9 +208,13 @@ int tailnode_close_start(tailnode_node node, tailnode_op *out, tailnode_error *e
 	struct op *op;
 	struct callbacks *cb = NULL;
 	int code = close_op(node, false, &op, &cb, err);
-	if (cb)
-		tn_callbacks_release(cb);
-	return code ? code : tn_op_publish(op, out, err);
+	if (code) {
+		if (cb)
+			tn_callbacks_release(cb);
+		return code;
+	}
+	op->callbacks = cb; // nobody else has op yet
+	return tn_op_publish(op, out, err);
 }
 
 int tailnode_start(tailnode_node node, tailnode_error *err) {

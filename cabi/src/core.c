@@ -30,6 +30,12 @@ static struct core *in_process; // lives until the process ends, as the Go runti
 #define MAX_CORES 1024
 static volatile int core_fds[MAX_CORES]; // fd + 1, or 0
 
+// Held while a descriptor of a core exists that is not noted yet, and over a fork.
+static pthread_mutex_t unnoted = PTHREAD_MUTEX_INITIALIZER;
+
+void tn_core_before_fork(void) { pthread_mutex_lock(&unnoted); }
+void tn_core_after_fork(void) { pthread_mutex_unlock(&unnoted); }
+
 void tn_core_in_child(void) {
 	for (int i = 0; i < MAX_CORES; i++)
 		if (core_fds[i])
@@ -83,7 +89,7 @@ void tn_core_unref(struct core *c) {
 static bool beside(char *out, size_t size, const char *name) {
 	Dl_info info;
 	char real[PATH_MAX];
-	if (!dladdr((void *)(uintptr_t)&tailnode_new, &info) || !info.dli_fname || !realpath(info.dli_fname, real))
+	if (!dladdr((void *)(uintptr_t)&beside, &info) || !info.dli_fname || !realpath(info.dli_fname, real))
 		return false;
 	char *slash = strrchr(real, '/');
 	if (!slash)
@@ -152,7 +158,7 @@ static void *enter(void *p) {
 	return NULL;
 }
 
-static int enter_go(int (*serve)(int), int fd) {
+static int enter_go(int (*serve)(int), int fd) { // fd is taken over on success only
 	struct entry e = {serve, fd, 0};
 	pthread_t t;
 	sigset_t all, old;
@@ -205,7 +211,9 @@ int tn_core_in_process(struct core **out, tailnode_error *err) {
 			struct core *c = e ? NULL : new_core(pair[0], 0);
 			if (!c) {
 				close(pair[0]);
-				code = tn_fail(err, TAILNODE_INTERNAL, e, "tailnode: the core did not start: %s", strerror(e ? e : ENOMEM));
+				if (e)
+					close(pair[1]);
+				code = tn_fail(err, TAILNODE_EXHAUSTED, e ? e : ENOMEM, "tailnode: the core did not start: %s", strerror(e ? e : ENOMEM));
 			}
 			in_process = c;
 		}
@@ -310,14 +318,20 @@ int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
 		           ? buf
 		           : TAILNODE_LIBEXECDIR "/tailnode-helper";
 	int pair[2];
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
-		return tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: socketpair: %s", strerror(errno));
+	pthread_mutex_lock(&unnoted);
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
+		int e = errno;
+		pthread_mutex_unlock(&unnoted);
+		return tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: socketpair: %s", strerror(e));
+	}
 	pid_t pid = 0;
 	int e = spawn_helper(path, pair[1], &pid);
 	close(pair[1]);
 	struct core *c = e ? NULL : new_core(pair[0], pid);
-	if (!c) {
+	if (!c)
 		close(pair[0]);
+	pthread_mutex_unlock(&unnoted);
+	if (!c) {
 		return tn_fail(err, e == ENOENT || e == EACCES || e == ENOEXEC ? TAILNODE_UNSUPPORTED : TAILNODE_EXHAUSTED, e ? e : ENOMEM,
 		               "tailnode: the helper %s cannot be started: %s", path, strerror(e ? e : ENOMEM));
 	}

@@ -67,13 +67,14 @@ int tn_fail(tailnode_error *err, int code, int sys_errno, const char *format, ..
 volatile int tn_forked, tn_used;
 
 static void in_child(void) {
+	tn_core_after_fork();
 	if (tn_used || tn_core_linked()) { // else nothing was there to be torn apart: a daemon may fork first
 		tn_forked = 1;
 		tn_core_in_child();
 	}
 }
 
-__attribute__((constructor)) static void at_load(void) { pthread_atfork(NULL, NULL, in_child); }
+__attribute__((constructor)) static void at_load(void) { pthread_atfork(tn_core_before_fork, tn_core_after_fork, in_child); }
 
 // ---- the table ----
 // An id is a serial number and, in its low bits, a place in the table. The serial number is never used twice, so

@@ -25,6 +25,7 @@
 #define REPLY_MAGIC 0x544e5231u
 #define MAX_STRINGS 8
 #define MAX_REQUEST (128 << 10)
+#define MAX_REPLY (256u << 20)
 
 enum kind {
 	K_NEW = 1, K_START, K_UP, K_CLOSE, K_STATUS, K_ADDRESSES, K_WHOIS, K_PING, K_DIAL, K_LISTEN,
@@ -90,6 +91,8 @@ struct core {
 HIDDEN int tn_core_in_process(struct core **out, tailnode_error *err);
 HIDDEN int tn_core_spawn(const char *path, struct core **out, tailnode_error *err);
 HIDDEN void tn_core_unref(struct core *c);
+HIDDEN void tn_core_before_fork(void);
+HIDDEN void tn_core_after_fork(void);
 HIDDEN void tn_core_in_child(void);
 HIDDEN bool tn_core_linked(void); // the core is in this program from its start, and its runtime has threads
 // Sends one message with up to two descriptors; they stay the caller's. Returns 0 or an errno; EAGAIN only if it may not wait.
@@ -137,6 +140,7 @@ struct op {
 	size_t got; // bytes of head, then of data
 	char *data;
 	int passed; // descriptor of the reply, or -1
+	struct callbacks *callbacks; // of a node that is being closed: its end is waited for with the result
 };
 
 struct args {

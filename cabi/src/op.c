@@ -264,6 +264,8 @@ static void op_destroy(void *p) {
 	if (op->passed >= 0)
 		close(op->passed);
 	free(op->data);
+	if (op->callbacks)
+		tn_callbacks_release(op->callbacks);
 	pthread_mutex_destroy(&op->mu);
 	free(op);
 }
@@ -334,7 +336,7 @@ static int fill(struct op *op) {
 		} else {
 			size_t have = op->got - sizeof op->head;
 			if (!op->data) {
-				if (op->head.magic != REPLY_MAGIC || op->head.data_len >= (uint32_t)INT_MAX)
+				if (op->head.magic != REPLY_MAGIC || op->head.data_len > MAX_REPLY)
 					return EPROTO;
 				op->data = malloc(op->prefix + (size_t)op->head.data_len + 1);
 				if (!op->data)
@@ -359,6 +361,10 @@ static int fill(struct op *op) {
 // Turns a complete op into the call's result. With op->mu held.
 static int deliver(struct op *op, int e, tailnode_result *out, tailnode_error *err) {
 	op->taken = true;
+	if (op->callbacks) { // the node is closed, and none of its callbacks is to run any more
+		tn_callbacks_join(op->callbacks);
+		op->callbacks = NULL;
+	}
 	if (op->canceled)
 		return tn_fail(err, TAILNODE_CANCELED, 0, "tailnode: the operation was cancelled");
 	if (e == ENOMEM)

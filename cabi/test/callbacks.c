@@ -118,7 +118,8 @@ int main(int argc, char **argv) {
 	OK(tailnode_up(quiet, 30000, &err));
 	OK(tailnode_close(quiet, &err));
 
-	OK(tailnode_close(node, &err));
+	OK(tailnode_close_start(node, &op, &err)); // the end of the operation is that of the callbacks, too
+	OK(tailnode_op_wait(op, 30000, NULL, &err));
 	closed = 1;
 	int code, events = 0;
 	while ((code = tailnode_read_event(w, &ev, &err)) == 0)

@@ -11,6 +11,10 @@ static pid_t helper_of(tailnode_node n) {
 	return (pid_t)st.pid;
 }
 
+static void nothing(void *user, int level, const char *text, size_t len) {
+	(void)user, (void)level, (void)text, (void)len;
+}
+
 static int entries(const char *dir) {
 	int n = 0;
 	DIR *d = opendir(dir);
@@ -215,6 +219,15 @@ int main(int argc, char **argv) {
 	tailnode_close(n, &err);
 	o.helper_path = "/nonexistent/helper";
 	WANT(tailnode_new(&o, &n, &err), TAILNODE_UNSUPPORTED);
+	// A helper that is another program: with callbacks and without, and with nobody to close the node.
+	o.helper_path = "/bin/true";
+	o.log = nothing;
+	WANT(tailnode_new(&o, &n, &err), TAILNODE_CORE_LOST);
+	o.log = NULL;
+	WANT(tailnode_new(&o, &n, &err), TAILNODE_CORE_LOST);
+	OK(tailnode_new_start(&o, &n, &op, &err));
+	WANT(tailnode_op_wait(op, 30000, NULL, &err), TAILNODE_CORE_LOST);
+	tailnode_close(n, &err);
 	printf("helper: ok\n");
 	char rm[100];
 	snprintf(rm, sizeof rm, "rm -rf %s", dir);

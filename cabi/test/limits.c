@@ -132,6 +132,10 @@ static void maps(void) {
 
 int main(void) {
 	alarm(200);
+	struct rlimit files, now;
+	CHECK(getrlimit(RLIMIT_NOFILE, &files) == 0);
+	files.rlim_cur = files.rlim_max < 700 ? files.rlim_max : 700; // a host that uses select(2), say
+	CHECK(setrlimit(RLIMIT_NOFILE, &files) == 0);
 	run("RLIMIT_NPROC before the start", at_the_start, by_rlimit, 0);
 	run("RLIMIT_NPROC during traffic", under_way, by_rlimit, !isolated());
 	if (make_cgroup()) {
@@ -143,6 +147,9 @@ int main(void) {
 		printf("limits: no cgroup can be made here\n");
 	}
 	maps();
+	CHECK(getrlimit(RLIMIT_NOFILE, &now) == 0);
+	if (now.rlim_cur != files.rlim_cur || now.rlim_max != files.rlim_max)
+		FAIL("RLIMIT_NOFILE became %llu, %llu", (unsigned long long)now.rlim_cur, (unsigned long long)now.rlim_max);
 	printf("limits: ok\n");
 	return 0;
 }
