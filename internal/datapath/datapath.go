@@ -77,9 +77,10 @@ type Engine struct {
 	waits waits
 	dns   resolver
 
-	reclaim reclaim
-	parting parting
-	stun    stunTap
+	reclaim  reclaim
+	parting  parting
+	gatherer gatherer
+	stun     stunTap
 
 	netmap atomic.Pointer[netmap.Map]
 	filter atomic.Pointer[filter.Filter]
@@ -150,6 +151,7 @@ func (e *Engine) Close() {
 	e.parting.on.Store(true)
 	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
 	e.parting.flush()
+	e.gatherer.close()
 	if e.direct != nil {
 		e.direct.close()
 	}

@@ -7,6 +7,7 @@ import (
 	"github.com/tailnode/tailnode/internal/netmap"
 	"github.com/tailnode/tailnode/internal/netstack"
 	"github.com/tailnode/tailnode/internal/packet"
+	"github.com/tailnode/tailnode/internal/wg"
 )
 
 // output is the Engine as the netstack sees it.
@@ -41,6 +42,14 @@ func (o *output) WritePacket(p *netstack.Packet) {
 		mtu = pr.path.MTU(p.Len())
 	}
 	// An error is a lost packet, and the layers above expect those.
+	if h.Proto == packet.UDP && p.Len() <= MTU {
+		var src wg.Source = p
+		if as, ok := masqFor(m, n, h.Src.Addr()); ok {
+			src = &masqSource{Source: p, own: h.Src.Addr(), as: as}
+		}
+		pr.datagram(src, p.Len(), at)
+		return
+	}
 	if as, ok := masqFor(m, n, h.Src.Addr()); ok {
 		pr.wg.SendSized(&masqSource{Source: p, own: h.Src.Addr(), as: as}, mtu)
 		return

@@ -5,7 +5,6 @@ import (
 	"sync/atomic"
 
 	"github.com/tailnode/tailnode/internal/netstack"
-	"github.com/tailnode/tailnode/internal/wg"
 )
 
 // parting gathers what the stack has to say when it is closed: a reset for each connection. One by one they would cost a
@@ -20,7 +19,7 @@ const (
 	// partingSize is the length of the longest packet that is gathered: a reset, over IPv6, with options.
 	partingSize = 100
 	// partingCount is how many are sent at a time.
-	partingCount = 64
+	partingCount = maxPackets
 )
 
 // take gathers a packet, or reports that it is to be sent as usual.
@@ -31,13 +30,14 @@ func (g *parting) take(pr *peer, p *netstack.Packet) bool {
 	g.mu.Lock()
 	s := g.of[pr]
 	if s == nil {
-		s = new(packets)
+		s = &packets{buf: make([]byte, 0, partingCount*partingSize)}
 		if g.of == nil {
 			g.of = make(map[*peer]*packets)
 		}
 		g.of[pr] = s
 	}
-	full := s.add(p)
+	s.add(p)
+	full := !s.fits(partingSize)
 	if full {
 		delete(g.of, pr)
 	}
@@ -58,40 +58,4 @@ func (g *parting) flush() {
 	for pr, s := range of {
 		pr.wg.Send(s)
 	}
-}
-
-// packets is a wg.Source of several short packets.
-type packets struct {
-	buf  []byte
-	n    [partingCount]uint8
-	k, i int // there are k, of which i have been read
-}
-
-var _ wg.Source = (*packets)(nil)
-
-// add adds a packet and reports whether there is room for no more.
-func (s *packets) add(p wg.Source) (full bool) {
-	if s.buf == nil {
-		s.buf = make([]byte, 0, partingCount*partingSize)
-	}
-	at := len(s.buf)
-	n := p.Next(s.buf[at : at+partingSize : at+partingSize])
-	if n > 0 {
-		s.buf = s.buf[:at+n]
-		s.n[s.k] = uint8(n)
-		s.k++
-	}
-	return s.k == partingCount
-}
-
-// Next implements wg.Source.
-func (s *packets) Next(dst []byte) int {
-	if s.i == s.k {
-		return 0
-	}
-	n := int(s.n[s.i])
-	s.i++
-	copy(dst, s.buf[:n])
-	s.buf = s.buf[n:]
-	return n
 }

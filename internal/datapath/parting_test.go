@@ -54,23 +54,35 @@ func TestClosePartsFromAll(t *testing.T) {
 }
 
 func TestPackets(t *testing.T) {
-	var s packets
-	if s.Next(make([]byte, 2000)) != 0 {
-		t.Error("a packet from nothing")
-	}
-	for i := range partingCount {
-		src := one(strings.Repeat("x", 1+i))
-		if s.add(&src) != (i == partingCount-1) {
-			t.Errorf("full or not after %d", i+1)
-		}
-	}
+	s := &packets{buf: make([]byte, 0, 3000)}
 	dst := make([]byte, 2000)
-	for i := range partingCount {
-		if n := s.Next(dst); !bytes.Equal(dst[:n], bytes.Repeat([]byte("x"), 1+i)) {
-			t.Errorf("packet %d: %q", i, dst[:n])
+	for range 2 {
+		if s.Next(dst) != 0 {
+			t.Error("a packet from nothing")
 		}
+		for i := range maxPackets {
+			if !s.fits(1 + i) {
+				t.Fatalf("no room for packet %d", i)
+			}
+			src := one(strings.Repeat("x", 1+i))
+			s.add(&src)
+		}
+		if s.fits(1) {
+			t.Error("room for a packet too many")
+		}
+		for i := range maxPackets {
+			if n := s.Next(dst); !bytes.Equal(dst[:n], bytes.Repeat([]byte("x"), 1+i)) {
+				t.Errorf("packet %d: %q", i, dst[:n])
+			}
+		}
+		if s.Next(dst) != 0 {
+			t.Error("a packet too many")
+		}
+		s.reset()
 	}
-	if s.Next(dst) != 0 {
-		t.Error("a packet too many")
+	if src := one(strings.Repeat("x", 2900)); s.fits(3001) {
+		t.Error("room for more than there is")
+	} else if s.add(&src); s.fits(101) || !s.fits(100) {
+		t.Error("the room that is left is not what is left")
 	}
 }

@@ -29,11 +29,12 @@ type transport struct {
 // peer is a peer that has been heard of on the data path. Its node is looked up in the
 // netmap by key, never kept, so that a delta takes effect at once.
 type peer struct {
-	t     *transport
-	wg    *wg.Peer
-	path  *path.Peer
-	disco key.DiscoPublic // of the process that the session is with; guarded by t.mu
-	said  said
+	t      *transport
+	wg     *wg.Peer
+	path   *path.Peer
+	gather gather
+	disco  key.DiscoPublic // of the process that the session is with; guarded by t.mu
+	said   said
 }
 
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
