@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -211,8 +210,8 @@ func (f *frames) decode(b []byte) (*tailcfg.MapResponse, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrBadMap, err)
 	}
-	m := new(tailcfg.MapResponse)
-	if err := json.Unmarshal(out, m); err != nil {
+	m, err := decodeMap(out, largeMap)
+	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrBadMap, err)
 	}
 	if m.KeepAlive && string(out) == `{"KeepAlive":true}` {
@@ -226,7 +225,7 @@ func (f *frames) shrink() {
 	if cap(f.in) > keepBuffer {
 		f.in = nil
 	}
-	if cap(f.out) > keepBuffer {
+	if cap(f.out) > keepBuffer { // the response may refer to it
 		f.out = nil
 		f.close()
 	}

@@ -114,8 +114,11 @@ func (b *Builder) Apply(r *tailcfg.MapResponse, now time.Time) (*Map, Change, er
 		return b.cur, Change{}, err
 	}
 	a.rest(r)
-	changed := a.peerChanges(r)
-	if err := a.commit(changed); err != nil {
+	changed, err := a.peerChanges(r)
+	if err == nil {
+		err = a.commit(changed)
+	}
+	if err != nil {
 		return b.cur, Change{}, err
 	}
 	b.cur, b.filters, b.intern, b.fresh = a.m, a.filters, a.intern, false
@@ -330,7 +333,7 @@ func (a *apply) applyHealth(r *tailcfg.MapResponse) {
 
 // peerChanges returns what r makes of peers: nil for one that is gone. The
 // order of the parts is that in which the protocol wants them applied.
-func (a *apply) peerChanges(r *tailcfg.MapResponse) map[tailcfg.NodeID]*Node {
+func (a *apply) peerChanges(r *tailcfg.MapResponse) (map[tailcfg.NodeID]*Node, error) {
 	out := map[tailcfg.NodeID]*Node{}
 	set := func(n *tailcfg.Node) {
 		c, ignored, ok := newNode(n, a.intern)
@@ -339,16 +342,29 @@ func (a *apply) peerChanges(r *tailcfg.MapResponse) map[tailcfg.NodeID]*Node {
 			out[c.ID] = c // of two with one ID the later counts
 		}
 	}
-	if a.fresh || len(r.Peers) > 0 {
+	all := len(r.Peers) > 0 || r.EachPeer != nil
+	if a.fresh || all {
 		for n := range a.old.All() {
 			out[n.ID] = nil
 		}
-		for _, n := range r.Peers {
+	}
+	for _, n := range r.Peers {
+		set(n)
+	}
+	if r.EachPeer != nil {
+		count := 0
+		if err := r.EachPeer(func(n *tailcfg.Node) error {
+			if count++; count > MaxPeers {
+				return fmt.Errorf("%w: more than %d peers", ErrTooLarge, MaxPeers)
+			}
 			set(n)
+			return nil
+		}); err != nil {
+			return nil, err
 		}
 	}
-	if len(r.Peers) > 0 {
-		return out // excludes all that follows
+	if all {
+		return out, nil // excludes all that follows
 	}
 
 	for _, id := range r.PeersRemoved {
@@ -402,7 +418,7 @@ func (a *apply) peerChanges(r *tailcfg.MapResponse) map[tailcfg.NodeID]*Node {
 			a.patch(n, p)
 		}
 	}
-	return out
+	return out, nil
 }
 
 func (a *apply) patch(n *Node, p *tailcfg.PeerChange) {

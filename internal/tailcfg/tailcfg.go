@@ -311,6 +311,10 @@ type MapResponse struct {
 	Debug             *Debug            `json:",omitempty"`
 	ControlDialPlan   *ControlDialPlan  `json:",omitempty"`
 	ClientVersion     *ClientVersion    `json:",omitempty"`
+
+	// EachPeer, if not nil, stands in the place of Peers where they are many: it decodes them one at a time and calls f with each, until
+	// f or decoding fails. The node is good for the call only; its strings and capabilities stay.
+	EachPeer func(f func(*Node) error) error `json:"-"`
 }
 
 // PacketFilterDelta holds named packet filters. A nil list removes the name; the name "*" with
