@@ -198,7 +198,7 @@ func (o *owner) look(now time.Time) {
 			o.keepFresh(now)
 		}
 		if flags&flagBulk != 0 {
-			o.bulk(now, a)
+			a.mc.bulk(now, o.sizeLimit(a))
 		}
 		if flags&flagFailed != 0 {
 			a.mc.suspect(now)
@@ -280,6 +280,7 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) (fro
 		if err != nil {
 			return a, false
 		}
+		o.freshLimit(a)
 		rtt := a.mc.gotPong(now, way, &m)
 		if rtt == 0 && src.Region == 0 {
 			for _, p := range o.siblings(a.disco) { // the ping may have been for another node with that key

@@ -249,13 +249,22 @@ type Sizer interface {
 	MaxPayload(dst netip.AddrPort) int
 }
 
-// bulk tells a of bulk traffic.
-func (o *owner) bulk(now time.Time, a *active) {
-	if s, ok := o.m.cfg.UDP.(Sizer); ok && a.mc.d.best.IsValid() {
-		limit := s.MaxPayload(a.mc.d.best.addr)
-		if limit > 0 && a.mc.d.best.vni != 0 {
-			limit -= disco.GeneveLen
-		}
-		a.mc.bulk(now, limit)
+// sizeLimit returns the longest message that leaves this host whole by a's path, 0 if that is not known.
+func (o *owner) sizeLimit(a *active) int {
+	s, ok := o.m.cfg.UDP.(Sizer)
+	if !ok || !a.mc.d.best.IsValid() {
+		return 0
+	}
+	limit := s.MaxPayload(a.mc.d.best.addr)
+	if limit > 0 && a.mc.d.best.vni != 0 {
+		limit -= disco.GeneveLen
+	}
+	return limit
+}
+
+// freshLimit is called before a pong is looked at. What the host has learned since may be why a ping was answered: that it went in fragments.
+func (o *owner) freshLimit(a *active) {
+	if u := &a.mc.size; !u.due.IsZero() && u.to == a.mc.d.best {
+		u.limit = min(u.limit, o.sizeLimit(a))
 	}
 }
