@@ -236,6 +236,7 @@ func (m *Monitor) run(asleep time.Duration) {
 	last := time.Now().Round(0)
 	looked := time.Now()
 	tick, due := looked.Add(m.cfg.Interval), looked.Add(interval)
+	var owed time.Duration // of a sleep that could not be told, for the system would not say what the network is
 	for {
 		select {
 		case <-m.done:
@@ -253,10 +254,15 @@ func (m *Monitor) run(asleep time.Duration) {
 			d = max(d, s-asleep)
 		}
 		asleep, last = s, now.Round(0)
-		if d > 0 || !now.Before(due) {
-			m.look(d)
+		if owed = max(owed, d); d > 0 || !now.Before(due) {
+			ok := m.look(owed)
 			looked = time.Now()
 			due = looked.Add(interval)
+			if ok {
+				owed = 0
+			} else if owed > 0 {
+				due = looked.Add(gap)
+			}
 		}
 		if !now.Before(tick) {
 			tick = now.Add(m.cfg.Interval)
@@ -287,11 +293,12 @@ func slept(elapsed, interval time.Duration) time.Duration {
 	return 0
 }
 
-func (m *Monitor) look(slept time.Duration) {
+// look asks the system and tells of a change. It reports whether the system has answered.
+func (m *Monitor) look(slept time.Duration) bool {
 	s, err := m.cfg.Get()
 	if err != nil {
 		m.cfg.Logger.Debug("netmon: cannot list interfaces", "err", err)
-		return
+		return false
 	}
 	m.mu.Lock()
 	old := m.cur
@@ -300,4 +307,5 @@ func (m *Monitor) look(slept time.Duration) {
 	if c, ok := diff(old, s, slept); ok && m.cfg.OnChange != nil {
 		m.cfg.OnChange(c)
 	}
+	return true
 }

@@ -132,6 +132,7 @@ type fake struct {
 	stopped   bool
 	changes   chan Change
 	watchFail bool
+	getFails  int // so many times
 }
 
 func (f *fake) monitor(t *testing.T) *Monitor {
@@ -142,6 +143,10 @@ func (f *fake) monitor(t *testing.T) *Monitor {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.looks++
+			if f.getFails > 0 {
+				f.getFails--
+				return State{}, errors.New("not now")
+			}
 			return f.cur, nil
 		},
 		Watch: func(event func()) (func(), error) {
@@ -249,6 +254,26 @@ func TestSleep(t *testing.T) {
 		}
 		if len(f.changes) > 0 {
 			t.Errorf("slept %v", (<-f.changes).Slept)
+		}
+	})
+}
+
+// TestSleepWhileTheSystemIsMute: a host that wakes up may not say at once what its network is. That it has slept is told nevertheless.
+func TestSleepWhileTheSystemIsMute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{cur: State{Addrs: addrs("10.0.0.1")}}
+		m := f.monitor(t)
+		defer m.Close()
+		f.mu.Lock()
+		f.asleep, f.getFails = time.Hour, 3
+		f.mu.Unlock()
+		start := time.Now()
+		if c := <-f.changes; c.Slept != time.Hour || !c.Major || time.Since(start) > DefaultInterval+3*gap {
+			t.Errorf("%+v after %v", c, time.Since(start))
+		}
+		time.Sleep(time.Hour)
+		if len(f.changes) > 0 {
+			t.Errorf("told again: %+v", <-f.changes)
 		}
 	})
 }
