@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tailnode/tailnode"
 )
 
@@ -33,7 +35,14 @@ func up(name string) *tailnode.Server {
 	return s
 }
 
-func say(what string, v float64) { fmt.Printf("Go\t%s\t%.1f\n", what, v) }
+func say(what string, v float64) { fmt.Printf("Go\t%s\t%.2f\n", what, v) }
+
+// cpu is the processor time of this process in seconds.
+func cpu() float64 {
+	var ts unix.Timespec
+	unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &ts)
+	return float64(ts.Nano()) * 1e-9
+}
 
 func memory(dial func(string) net.Conn) {
 	var open []net.Conn
@@ -68,17 +77,17 @@ func main() {
 
 	c := dial("gopeer:9")
 	check(c.Write(buf))
-	t := time.Now()
+	t, used := time.Now(), cpu()
 	for left := total; left > 0; left -= len(buf) {
 		check(c.Write(buf))
 	}
 	c.(interface{ CloseWrite() error }).CloseWrite()
 	check(io.ReadFull(c, buf[:8]))
-	send := float64(total) * 8e-9 / time.Since(t).Seconds()
+	send, sendCPU := float64(total)*8e-9/time.Since(t).Seconds(), (cpu()-used)*1e9/float64(total)
 	c.Close()
 
 	c = dial("gopeer:19")
-	t = time.Now()
+	t, used = time.Now(), cpu()
 	check(c.Write(binary.BigEndian.AppendUint64(nil, uint64(total))))
 	got := 0
 	for {
@@ -88,7 +97,7 @@ func main() {
 			break
 		}
 	}
-	receive := float64(got) * 8e-9 / time.Since(t).Seconds()
+	receive, receiveCPU := float64(got)*8e-9/time.Since(t).Seconds(), (cpu()-used)*1e9/float64(got)
 	c.Close()
 
 	const rounds = 10000
@@ -112,7 +121,7 @@ func main() {
 	c = check(ln.Accept())
 	c.Close()
 	const each = 250
-	t = time.Now()
+	t, used = time.Now(), cpu()
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
@@ -130,7 +139,7 @@ func main() {
 		c.Close()
 	}
 	wg.Wait()
-	rate := 8 * each / time.Since(t).Seconds()
+	rate, rateCPU := 8*each/time.Since(t).Seconds(), (cpu()-used)*1e3/(8*each)
 	t = time.Now()
 	for range 10000 {
 		a.TailscaleIPs()
@@ -138,10 +147,13 @@ func main() {
 	call := time.Since(t) / 10000
 	us := func(d time.Duration) float64 { return float64(d) / 1e3 }
 	say("send, Gbit/s", send)
+	say("send, CPU seconds per GB", sendCPU)
 	say("receive, Gbit/s", receive)
+	say("receive, CPU seconds per GB", receiveCPU)
 	say("round trip of 1 byte, p50, us", us(rtt[rounds/2]))
 	say("round trip of 1 byte, p99, us", us(rtt[rounds*99/100]))
 	say("dialled, accepted and closed, 1/s", rate)
+	say("dialled, accepted and closed, CPU ms", rateCPU)
 	say("a call (the node's addresses), us", us(call))
 	a.Close()
 	b.Close()
