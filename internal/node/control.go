@@ -83,6 +83,9 @@ func (h *handler) Map(resp *tailcfg.MapResponse) error {
 	if ch.DERPMap {
 		n.kickHome()
 	}
+	if resp.EachPeer != nil { // it was large
+		n.settle()
+	}
 	return nil
 }
 

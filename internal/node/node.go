@@ -18,6 +18,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/control"
@@ -97,7 +98,8 @@ type Node struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	build *netmap.Builder // belongs to the session's goroutine
+	build    *netmap.Builder // belongs to the session's goroutine
+	settling atomic.Bool     // settle is under way
 
 	homeKick chan struct{} // capacity 1: choose the home relay again
 	mapMu    sync.Mutex    // serialises portMapped; taken before mu
