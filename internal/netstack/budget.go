@@ -20,9 +20,12 @@ const (
 	shortPath             = 8 << 20
 	leastShort, mostShort = 512 << 10, 2 << 20
 
-	// perRTT is what each millisecond of round trip adds: 512 KiB of buffer is 256 KiB of window, 2 Gbit/s.
-	perRTT = 512 << 10
-	rttAge = 30 * time.Second // after which the least round trip seen is forgotten, for paths change
+	// perRTT is what each millisecond of round trip adds: 512 KiB of buffer is 256 KiB of window, 2 Gbit/s. More than fullRTT
+	// connections share what so many have, 8 Gbit/s in all: on a busy machine every round trip is milliseconds long, and what is
+	// buffered beyond what the processors carry only waits.
+	perRTT  = 512 << 10
+	fullRTT = 4
+	rttAge  = 30 * time.Second // after which the least round trip seen is forgotten, for paths change
 
 	sampleEvery = 50 * time.Millisecond
 )
@@ -194,7 +197,7 @@ func (g *grower) grant(size int64) (granted int64, changed bool) {
 // limitLocked is the size that suits the connection's path.
 func (g *grower) limitLocked() int64 {
 	n := min(max(shortPath/int64(len(g.b.grown)), leastShort), mostShort)
-	n += int64(g.rtt / time.Millisecond * perRTT)
+	n += int64(g.rtt/time.Millisecond) * perRTT * fullRTT / max(fullRTT, int64(len(g.b.grown)))
 	return max(min(n, g.b.max), initialBuffer)
 }
 
