@@ -38,9 +38,9 @@ type Limits struct {
 	// up. 0: twice GOMAXPROCS. How many goroutines receive is not a choice: one for each socket, and GOMAXPROCS for TCP.
 	Workers int
 
-	// KeepMemory leaves it to the Go runtime when memory that a burst of traffic needed goes back to the system, which takes
-	// minutes. Otherwise the Server runs the garbage collector, up to three times, when a burst has been over for ten seconds, unless
-	// it has run by itself or the program's heap is larger than 64 MiB.
+	// KeepMemory leaves it to the Go runtime when memory that a burst of traffic or a large netmap needed goes back to the system, which
+	// takes minutes. Otherwise the Server runs the garbage collector, up to three times, when a burst has been over for ten seconds, unless
+	// it has run by itself, and once when it has taken over a large netmap; neither if the program's heap is larger than 64 MiB.
 	KeepMemory bool
 }
 

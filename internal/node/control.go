@@ -83,7 +83,7 @@ func (h *handler) Map(resp *tailcfg.MapResponse) error {
 	if ch.DERPMap {
 		n.kickHome()
 	}
-	if resp.EachPeer != nil { // it was large
+	if resp.EachPeer != nil && !n.cfg.Limits.KeepMemory { // it was large
 		n.settle()
 	}
 	return nil

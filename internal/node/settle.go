@@ -9,8 +9,8 @@ import (
 const (
 	// settleAfter is how long the work that a large map makes may go on.
 	settleAfter = 2 * time.Second
-	// settleMax is the heap beyond which a process is left alone.
-	settleMax = 128 << 20
+	// settleMax is the heap beyond which a process is left alone, the same as after bursts of traffic (datapath.Limits.KeepMemory).
+	settleMax = 64 << 20
 )
 
 // settle gives back what a large map took to decode, once. The runtime would do it with its next collection, but a node that idles
