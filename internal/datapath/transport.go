@@ -180,6 +180,7 @@ func peerInfo(n *netmap.Node) path.PeerInfo {
 		Endpoints:     n.Endpoints,
 		WireGuardOnly: n.IsWireGuardOnly,
 		Cap:           int(n.Cap),
+		Relay:         n.PeerRelay,
 	}
 }
 

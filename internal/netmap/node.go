@@ -53,6 +53,8 @@ type Node struct {
 	MachineAuthorized bool
 	IsWireGuardOnly   bool
 	IsJailed          bool
+	// PeerRelay nodes say of themselves that they relay for others.
+	PeerRelay bool
 	// UnsignedPeerAPIOnly nodes are not covered by tailnet lock; they never hold peer capabilities that concern paths.
 	UnsignedPeerAPIOnly bool
 }
@@ -153,6 +155,7 @@ func newNode(n *tailcfg.Node, in interner) (c *Node, ignored int, ok bool) {
 		c.Masq6 = *a
 	}
 	if h := n.Hostinfo; h != nil {
+		c.PeerRelay = h.PeerRelay
 		if short := c.ShortName(); h.Hostname == short {
 			c.Hostname = short
 		} else {
@@ -259,5 +262,5 @@ func same(a, b *Node) bool {
 		maps.EqualFunc(a.CapMap, b.CapMap, slices.Equal) &&
 		a.Masq4 == b.Masq4 && a.Masq6 == b.Masq6 && a.Online == b.Online && a.OnlineKnown == b.OnlineKnown &&
 		a.Expired == b.Expired && a.MachineAuthorized == b.MachineAuthorized &&
-		a.IsWireGuardOnly == b.IsWireGuardOnly && a.IsJailed == b.IsJailed && a.UnsignedPeerAPIOnly == b.UnsignedPeerAPIOnly
+		a.IsWireGuardOnly == b.IsWireGuardOnly && a.IsJailed == b.IsJailed && a.PeerRelay == b.PeerRelay && a.UnsignedPeerAPIOnly == b.UnsignedPeerAPIOnly
 }

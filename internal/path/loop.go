@@ -50,6 +50,7 @@ type active struct {
 
 	wantsCall bool  // a call-me-maybe waits for fresh endpoints
 	asks      []ask // peer relays that have been asked for an endpoint to this peer
+	turn      int   // where to begin with the next ones
 }
 
 // owner holds what belongs to the Manager's goroutine alone.

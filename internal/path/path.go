@@ -114,6 +114,7 @@ type PeerInfo struct {
 	Endpoints     []netip.AddrPort
 	WireGuardOnly bool // speaks neither disco nor DERP
 	Cap           int  // capability version
+	Relay         bool // says of itself that it is a peer relay
 }
 
 // PingResult is the answer to a ping.

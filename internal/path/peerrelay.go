@@ -223,38 +223,57 @@ func (o *owner) askRelays(now time.Time, a *active) {
 		n++
 		o.m.cfg.PeerRelay.Allocate(o.m.discoPK, a.disco, o.m.endpointFor(a.p, o.generation, true))
 	}
-	home := a.p.home.Load() &^ goneBit
-	for pass := range 2 { // those that are near one of the two come first
-		for _, k := range l.peers {
-			if n == maxAsked || len(a.asks) >= 2*maxAsked {
-				break
-			}
-			r := o.m.Peer(k)
-			if r == nil || r.info.Load().Cap < relayCap {
-				continue
-			}
-			near := r.home.Load()&^goneBit == home || o.m.isConnected(r.home.Load()&^goneBit)
-			if near != (pass == 0) {
-				continue
-			}
-			b := a
-			if r != a.p {
-				b = o.get(now, r)
-			}
-			if b == nil || r.region() == 0 {
-				continue
-			}
-			n++
-			a.asks = append(a.asks, ask{r, o.generation, now})
-			m := disco.AllocateRequest{Clients: [2]key.DiscoPublic{o.m.discoPK, a.disco}, Generation: o.generation}
-			o.plain = m.Append(o.plain[:0])
-			o.send(b, via{})
-			if b != a {
-				b.mc.lastUsed = now
-				o.run(now, b)
-			}
+	for _, r := range o.rankRelays(l.peers, a) {
+		if n == maxAsked || len(a.asks) >= 2*maxAsked {
+			break
+		}
+		b := a
+		if r != a.p {
+			b = o.get(now, r)
+		}
+		if b == nil || r.region() == 0 {
+			continue
+		}
+		n++
+		a.asks = append(a.asks, ask{r, o.generation, now})
+		m := disco.AllocateRequest{Clients: [2]key.DiscoPublic{o.m.discoPK, a.disco}, Generation: o.generation}
+		o.plain = m.Append(o.plain[:0])
+		o.send(b, via{})
+		if b != a {
+			b.mc.lastUsed = now
+			o.run(now, b)
 		}
 	}
+}
+
+// rankRelays returns which relays to ask for an endpoint to a's peer, the best first: those that say of themselves that they are relays,
+// then those that are near one of the two, then others, of these some others each time. A policy may name nodes as relays that are none.
+func (o *owner) rankRelays(keys []key.NodePublic, a *active) []*Peer {
+	var ranks [4][]*Peer
+	home := a.p.home.Load() &^ goneBit
+	if len(keys) > maxAsked {
+		a.turn = (a.turn + maxAsked) % len(keys)
+	}
+	for i := range keys {
+		r := o.m.Peer(keys[(i+a.turn)%len(keys)])
+		if r == nil {
+			continue
+		}
+		info, rank := r.info.Load(), 3
+		if info.Cap < relayCap {
+			continue
+		}
+		if info.Relay {
+			rank -= 2
+		}
+		if h := r.home.Load() &^ goneBit; h == home || o.m.isConnected(h) {
+			rank--
+		}
+		if len(ranks[rank]) < maxAsked {
+			ranks[rank] = append(ranks[rank], r)
+		}
+	}
+	return slices.Concat(ranks[:]...)
 }
 
 // endpointFor returns what takes the answer of this node's own relay.

@@ -364,3 +364,38 @@ type countUDP struct{ n int }
 
 func (c *countUDP) Send(netip.AddrPort, []byte, int) error { c.n++; return nil }
 func (c *countUDP) Ports() (v4, v6 uint16)                 { return 1, 1 }
+
+// TestRankRelays: of many that the policy names, those that say that they are relays are asked, and of others some others each time.
+func TestRankRelays(t *testing.T) {
+	m, _, _ := newManager(t)
+	o := &owner{m: m}
+	a := &active{p: m.UpsertPeer(PeerInfo{Key: key.NewNode().Public(), HomeRegion: 2})}
+	m.RelayState(1, true, nil)
+	var keys []key.NodePublic
+	mk := func(i PeerInfo) *Peer {
+		i.Key = key.NewNode().Public()
+		keys = append(keys, i.Key)
+		return m.UpsertPeer(i)
+	}
+	for range 30 {
+		mk(PeerInfo{Cap: relayCap, HomeRegion: 3})
+	}
+	old := mk(PeerInfo{Cap: relayCap - 1, HomeRegion: 1, Relay: true})
+	far := mk(PeerInfo{Cap: relayCap, HomeRegion: 3, Relay: true})
+	near := mk(PeerInfo{Cap: relayCap, HomeRegion: 1})
+	best := mk(PeerInfo{Cap: relayCap, HomeRegion: 2, Relay: true})
+	keys = append(keys, key.NewNode().Public()) // not there
+	seen := map[*Peer]bool{}
+	for range 40 {
+		got := o.rankRelays(keys, a)
+		if len(got) < maxAsked || got[0] != best || got[1] != far || got[2] != near || slices.Contains(got, old) {
+			t.Fatalf("%d relays, not in order", len(got))
+		}
+		for _, p := range got[:maxAsked] {
+			seen[p] = true
+		}
+	}
+	if len(seen) != 33 {
+		t.Errorf("%d of 33 are asked in time", len(seen))
+	}
+}
