@@ -482,7 +482,7 @@ impl Node {
     /// This method is cancel safe: dropping the future leaves no listener.
     pub async fn listen(&self, addr: impl Display) -> Result<TcpListener> {
         let mut got = op::run(self.calls().listen(addr, sys::TAILNODE_NONBLOCK)?).await?;
-        TcpListener::new(got.fd()?, address(got.local)?)
+        TcpListener::new(got.fd()?, address(got.local)?, true)
     }
 
     /// Connects to `host:port` on the tailnet, where host is an address or a MagicDNS name, full or short; or to a `SocketAddr`. It never leaves the

@@ -73,6 +73,13 @@ fn send_and_sync() {
     both::<TcpStream>();
     both::<OwnedReadHalf>();
     both::<OwnedWriteHalf>();
+    both::<tailnode::net::ReadHalf<'static>>();
+    both::<tailnode::net::WriteHalf<'static>>();
+    both::<tailnode::net::Incoming>();
+    both::<tailnode::Loopback>();
+    both::<tailnode::Event>();
+    both::<tailnode::http::Connector>();
+    both::<tailnode::http::PeerAddr>();
     both::<UdpSocket>();
     both::<Watch>();
     both::<Error>();
@@ -83,6 +90,14 @@ fn send_and_sync() {
         send(&n.status(true));
         send(&n.close());
         send(&l.accept());
+        send(&n.listen_udp(":1"));
+        send(&n.dial_udp("x:1"));
+        send(&n.whois("x"));
+        send(&n.ping([100, 64, 0, 1].into(), tailnode::PingType::Disco));
+        send(&n.watch());
+        send(&n.loopback());
+        send(&n.addresses());
+        send(&tailnode::runtime::trim(n));
         send(&tailnode::runtime::stats(n));
         send(&Node::builder().up());
     }

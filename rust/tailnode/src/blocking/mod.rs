@@ -118,7 +118,7 @@ impl Node {
     /// As [`tailnode::Node::listen`](crate::Node::listen).
     pub fn listen(&self, addr: impl Display) -> Result<TcpListener> {
         let mut got = op::run_blocking(self.0.calls().listen(addr, 0)?)?;
-        Ok(TcpListener::new(got.fd()?, address(got.local)?))
+        Ok(TcpListener::new(got.fd()?, address(got.local)?, false))
     }
 
     /// Connects to `host:port` on the tailnet. It waits as long as it takes.

@@ -214,20 +214,22 @@ impl fmt::Debug for TcpStream {
 pub struct TcpListener {
     fd: OwnedFd,
     local: SocketAddr,
+    /// Whether the connections come non-blocking: as the core was asked when it began to listen.
+    nonblock: bool,
 }
 
-common!(TcpListener {});
+common!(TcpListener { nonblock });
 
 impl TcpListener {
-    pub(crate) fn new(fd: OwnedFd, local: SocketAddr) -> TcpListener {
-        TcpListener { fd, local }
+    pub(crate) fn new(fd: OwnedFd, local: SocketAddr, nonblock: bool) -> TcpListener {
+        TcpListener { fd, local, nonblock }
     }
 
-    pub(crate) fn into_parts(self) -> (OwnedFd, SocketAddr) {
-        (self.fd, self.local)
+    pub(crate) fn into_parts(self) -> (OwnedFd, SocketAddr, bool) {
+        (self.fd, self.local, self.nonblock)
     }
 
-    /// Waits for a connection, and returns it with the peer's address.
+    /// Waits for a connection, and returns it with the peer's address. The connection blocks, whether the listener does or not.
     ///
     /// # Errors
     ///
@@ -236,7 +238,12 @@ impl TcpListener {
     pub fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         loop {
             match sock::accept(&self.fd, 0) {
-                Ok((fd, peer, local)) => return Ok((TcpStream { fd, local, peer }, peer)),
+                Ok((fd, peer, local)) => {
+                    if self.nonblock {
+                        sock::set_nonblocking(&fd, false)?;
+                    }
+                    return Ok((TcpStream { fd, local, peer }, peer));
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }

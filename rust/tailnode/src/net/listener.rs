@@ -19,12 +19,14 @@ use crate::error::{Error, Result};
 pub struct TcpListener {
     fd: AsyncFd<OwnedFd>,
     local: SocketAddr,
+    /// Whether the connections come non-blocking: as the core was asked when it began to listen.
+    nonblock: bool,
 }
 
 impl TcpListener {
-    pub(crate) fn new(fd: OwnedFd, local: SocketAddr) -> Result<TcpListener> {
+    pub(crate) fn new(fd: OwnedFd, local: SocketAddr, nonblock: bool) -> Result<TcpListener> {
         let fd = sock::register(fd, Interest::READABLE).map_err(|e| Error::from_io("listen", e))?;
-        Ok(TcpListener { fd, local })
+        Ok(TcpListener { fd, local, nonblock })
     }
 
     /// Waits for a connection, and returns it with the peer's address. Any number of tasks may accept from one listener.
@@ -38,7 +40,7 @@ impl TcpListener {
     ///
     /// This method is cancel safe: if the future is dropped before it completes, no connection is lost.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
-        Self::accepted(self.fd.async_io(Interest::READABLE, |fd| sock::accept(fd, sock::NOW)).await?)
+        self.accepted(self.fd.async_io(Interest::READABLE, |fd| sock::accept(fd, sock::NOW)).await?)
     }
 
     /// Polls for a connection. Of several tasks that call it, only the last one's waker is woken.
@@ -50,7 +52,7 @@ impl TcpListener {
         loop {
             let mut ready = ready!(self.fd.poll_read_ready(cx))?;
             match sock::accept(self.fd.get_ref(), sock::NOW) {
-                Ok(got) => return Poll::Ready(Self::accepted(got)),
+                Ok(got) => return Poll::Ready(self.accepted(got)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Poll::Ready(Err(e)),
@@ -58,7 +60,10 @@ impl TcpListener {
         }
     }
 
-    fn accepted((fd, remote, local): (OwnedFd, SocketAddr, SocketAddr)) -> io::Result<(TcpStream, SocketAddr)> {
+    fn accepted(&self, (fd, remote, local): (OwnedFd, SocketAddr, SocketAddr)) -> io::Result<(TcpStream, SocketAddr)> {
+        if !self.nonblock {
+            sock::set_nonblocking(&fd, true)?;
+        }
         Ok((TcpStream::new(fd, local, remote)?, remote))
     }
 
@@ -67,14 +72,14 @@ impl TcpListener {
         Incoming(self)
     }
 
-    /// Turns it into the blocking type. Its descriptor, and those of the connections that it accepts, stay non-blocking: see
+    /// Turns it into the blocking type. Its descriptor stays non-blocking: see
     /// [`set_nonblocking`](crate::blocking::TcpListener::set_nonblocking).
     ///
     /// # Errors
     ///
     /// None; the signature is that of `tokio::net`.
     pub fn into_std(self) -> io::Result<crate::blocking::TcpListener> {
-        Ok(crate::blocking::TcpListener::new(self.fd.into_inner(), self.local))
+        Ok(crate::blocking::TcpListener::new(self.fd.into_inner(), self.local, self.nonblock))
     }
 
     /// Makes one of the blocking type, whose descriptor is made non-blocking.
@@ -88,8 +93,8 @@ impl TcpListener {
     /// Outside of a Tokio runtime with I/O enabled.
     pub fn from_std(listener: crate::blocking::TcpListener) -> io::Result<TcpListener> {
         listener.set_nonblocking(true)?;
-        let (fd, local) = listener.into_parts();
-        Ok(TcpListener::new(fd, local)?)
+        let (fd, local, nonblock) = listener.into_parts();
+        Ok(TcpListener::new(fd, local, nonblock)?)
     }
 
     /// The address that it listens on, with the port that was chosen if 0 was asked for.

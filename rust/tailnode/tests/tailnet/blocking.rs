@@ -209,6 +209,11 @@ fn watch_and_loopback() {
     });
 }
 
+fn nonblocking(fd: &impl std::os::fd::AsRawFd) -> bool {
+    // Safety: no memory.
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) & libc::O_NONBLOCK != 0 }
+}
+
 /// Sockets change their kind both ways, and nodes do.
 #[test]
 fn to_tokio_and_back() {
@@ -230,7 +235,9 @@ fn to_tokio_and_back() {
             let node = tailnode::Node::from(a.clone());
             let me = node.addresses().await.unwrap().0.unwrap();
             let (dialled, accepted) = tokio::join!(node.dial(format!("{me}:{port}")), listener.accept());
-            assert_eq!(accepted.unwrap().1, dialled.unwrap().local_addr().unwrap());
+            let accepted = accepted.unwrap();
+            assert!(nonblocking(&accepted.0));
+            assert_eq!(accepted.1, dialled.unwrap().local_addr().unwrap());
             let udp = tailnode::UdpSocket::from_std(a.listen_udp(":0").unwrap()).unwrap();
             udp.into_std().unwrap().set_nonblocking(false).unwrap();
             (conn.into_std().unwrap(), listener.into_std().unwrap())
@@ -240,6 +247,12 @@ fn to_tokio_and_back() {
         conn.read_exact(&mut buf).unwrap();
         assert_eq!(&buf, b"two");
         assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        // What a listener of Tokio's accepts blocks once it is none any more.
+        let listener = runtime.block_on(async { tailnode::Node::from(a.clone()).listen(":0").await.unwrap().into_std().unwrap() });
+        listener.set_nonblocking(false).unwrap();
+        let to = format!("{}:{}", a.addresses().unwrap().0.unwrap(), listener.local_addr().unwrap().port());
+        let _dialled = a.dial(to).unwrap();
+        assert!(!nonblocking(&listener.accept().unwrap().0));
         a.close().unwrap();
     });
 }
