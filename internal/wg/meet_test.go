@@ -182,6 +182,8 @@ func TestRenew(t *testing.T) {
 			t.Errorf("want the unanswered packet once more, and no other: %d %d %d", b.count(2, 2), b.count(3, 3), b.count(4, 4))
 		}
 		time.Sleep(time.Minute)
+		a.peer.sendMu.Lock()
+		defer a.peer.sendMu.Unlock()
 		if a.peer.kept.buf != nil {
 			t.Error("the room for what was sent last is not given back")
 		}

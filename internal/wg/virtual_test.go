@@ -548,6 +548,7 @@ func TestTraffic(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if len(told) != 0 {
 			t.Errorf("told of a little: %v", told)
 		}
@@ -560,6 +561,7 @@ func TestTraffic(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		if n := len(told); n < 3 || n > 5 || told[n-1] || !told[n-2] || !told[0] {
 			t.Errorf("told %v", told)
 		}
