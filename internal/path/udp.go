@@ -239,11 +239,11 @@ func (m *Manager) discoFromUDP(src Source, b []byte) {
 
 // stunIn queues what may be an answer of a STUN server, as long as answers are awaited.
 func (m *Manager) stunIn(src netip.AddrPort, b []byte) {
+	if f := m.cfg.STUN; f != nil {
+		f(src, b)
+	}
 	if len(b) > 512 || m.stunWant.Add(-1) < 0 {
 		m.stunWant.Add(1)
-		if f := m.cfg.STUN; f != nil {
-			f(src, b)
-		}
 		return
 	}
 	select {
