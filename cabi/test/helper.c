@@ -188,6 +188,7 @@ int main(int argc, char **argv) {
 	CHECK(code == TAILNODE_CLOSED || code == TAILNODE_CORE_LOST);
 	close(w);
 	WANT(tailnode_op_wait(op, 10000, NULL, &err), TAILNODE_CORE_LOST);
+	await_end((pid_t)st.pid); // what is sent while it dies is lost with it
 	// The next call finds a new helper, and the node is the same.
 	OK(tailnode_up(n, 30000, &err));
 	OK(tailnode_addresses(n, &after, NULL, &err));
