@@ -103,7 +103,8 @@ impl Builder {
         self.flag(sys::TAILNODE_EPHEMERAL, yes)
     }
 
-    /// Runs the node in a helper process, which the library starts and ends. All else stays the same.
+    /// Runs the node in a helper process, which the library starts and ends. All else stays the same. Only without the feature `core` is there no Go runtime
+    /// in this process, too.
     pub fn isolated(mut self, yes: bool) -> Builder {
         self.mode = if yes { sys::TAILNODE_ISOLATED } else { sys::TAILNODE_IN_PROCESS };
         self
