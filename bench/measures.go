@@ -39,6 +39,7 @@ var measures = []*measure{
 	{"delta", "a change that arrives at a node with 10,000 peers", eachSide, [2]int{2, 1}, secs(60, 40), measureDelta},
 	{"direct", "direct path: round trips idle and under load, TCP with 1, 8, 64 streams", eachSide, [2]int{3, 1}, secs(60, 40), measureDirect},
 	{"ethernet", "the same as direct on links of 1,500 bytes", eachSide, [2]int{2, 1}, secs(60, 40), measureEthernet},
+	{"limit", "what the cipher and the kernel take of a direct path, without a node", alone, [2]int{3, 1}, secs(40, 20), measureLimit},
 	{"udp", "datagrams a second, direct", eachSide, [2]int{3, 1}, secs(30, 20), measureUDP},
 	{"relayed", "the same as direct by our relay and by upstream's", eachSide, [2]int{2, 1}, secs(90, 60), measureRelayed},
 	{"connections", "connections a second, one at a time and 32 at once", eachSide, [2]int{3, 1}, secs(30, 20), measureConnections},
