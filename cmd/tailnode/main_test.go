@@ -329,7 +329,7 @@ func TestUsage(t *testing.T) {
 		{[]string{"up", "--dir", dir, "--relay-server-port", "70000"}, exitUsage, "70000"},
 		{[]string{"up", "--dir", dir, "--tag", "web"}, exitUsage, "tag:name"},
 		{[]string{"up", "--dir", dir, "--auth-key", "file:/no/such/file"}, exitFailure, "/no/such/file"},
-		{[]string{"up", "--dir", dir, "--control-url", "http://127.0.0.1:1", "--timeout", "100ms"}, exitTimeout, "refused"},
+		{[]string{"up", "--dir", dir, "--control-url", "http://127.0.0.1:1", "--timeout", "2s"}, exitTimeout, "refused"},
 	} {
 		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
 			code, out, errs := command(t, "", c.args...)

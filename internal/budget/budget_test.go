@@ -118,6 +118,8 @@ func (f *fake) Logf(string, ...any)          {}
 func (f *fake) Errorf(s string, args ...any) { f.failed = append(f.failed, fmt.Sprintf(s, args...)) }
 
 func TestCheck(t *testing.T) {
+	defer func(was bool) { race = was }(race)
+	race = false
 	for _, tt := range []struct {
 		name string
 		got  float64
