@@ -30,7 +30,7 @@ type Limits struct {
 	HandshakeMemory int
 
 	// Backlog is how many connections may wait for Accept, for each listener; what comes beyond is told by SYN cookies, or
-	// tries again. 0: 256.
+	// tries again. 0: 1,024.
 	Backlog int
 
 	// Workers is how many goroutines may seal packets into buffers of 64 KiB at a time; whoever finds none left uses a small one of

@@ -3,6 +3,7 @@ package netstack
 import (
 	"context"
 	"errors"
+	"math"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -124,6 +125,11 @@ func (s *Stack) listenTCP(addr netip.AddrPort, only6 bool) (*listener, error) {
 		ep.Close()
 		return nil, sysError(terr, s.life.Err() != nil)
 	}
+	// gVisor counts a segment that came to the listener, and is passed on to the connection that its handshake has just
+	// made, against the listener for good, and takes no segment with data to one that has used its buffer up: then peers
+	// whose handshake ended when the backlog was full wait for ever. So the buffer is one that is not used up. Those of
+	// connections were settled by Listen.
+	ep.SocketOptions().SetReceiveBufferSize(math.MaxInt32, false)
 	l := &listener{s: s, ep: ep, wq: wq, done: make(chan struct{})}
 	l.addr = boundAddr(ep, addr)
 	if !s.add(l) {

@@ -61,7 +61,7 @@ type Config struct {
 	// Default 32 MiB.
 	BufferBudget int
 	// Backlog bounds, for each listener, the connections not yet accepted and those still in their handshake (beyond
-	// it: SYN cookies). Default 256.
+	// it: SYN cookies). Default 1,024.
 	Backlog int
 	// FallbackInFlight bounds the connection attempts that are with the fallback handler and not yet established.
 	// Default 256.
@@ -84,7 +84,7 @@ func (c *Config) setDefaults() error {
 	def(&c.MTU, DefaultMTU)
 	def(&c.MaxBuffer, 8<<20)
 	def(&c.BufferBudget, 32<<20)
-	def(&c.Backlog, 256)
+	def(&c.Backlog, 1024)
 	def(&c.FallbackInFlight, 256)
 	def(&c.UDPBuffer, 256<<10)
 	if c.MTU < header.IPv6MinimumMTU || c.MTU > 65535 {

@@ -671,3 +671,49 @@ func TestCloseDuringFallback(t *testing.T) {
 	}
 	close(answer)
 }
+
+// TestBurst has many more connections dialled at once than the backlog holds, again and again: they all come about. (gVisor's
+// listener used to take none any more whose first data came ahead of it: listenTCP.)
+func TestBurst(t *testing.T) {
+	const rounds, dials = 4, 400
+	p := newPair(t, func(c *Config) { c.Backlog = 32 })
+	ln, err := p.b.ListenTCP(netip.AddrPortFrom(netip.IPv6Unspecified(), 7))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var served sync.WaitGroup
+	served.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			served.Go(func() { io.Copy(c, c); c.Close() })
+		}
+	})
+	defer served.Wait()
+	defer ln.Close()
+	for range rounds {
+		var wg sync.WaitGroup
+		for range dials {
+			wg.Go(func() {
+				c, err := p.a.DialTCP(t.Context(), netip.AddrPortFrom(b4, 7))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(time.Minute))
+				if _, err := c.Write([]byte{1}); err != nil {
+					t.Error(err)
+				} else if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if t.Failed() {
+			return
+		}
+	}
+}
