@@ -117,7 +117,7 @@ static void traffic(tailnode_node n) {
 	close(fd);
 }
 
-static void forks(tailnode_node n, const char *self) {
+static void forks(tailnode_node n) {
 	int fd;
 	OK(tailnode_dial(n, "tcp", "gopeer:7", 0, 30000, &fd, NULL, NULL, &err));
 	tailnode_op op;
@@ -151,7 +151,8 @@ static void forks(tailnode_node n, const char *self) {
 	pid = fork();
 	CHECK(pid >= 0);
 	if (pid == 0) {
-		execl(self, self, "--count-fds", (char *)NULL);
+		// Not this program again: with the core linked in, its Go runtime has descriptors of its own.
+		execl("/bin/sh", "sh", "-c", "n=-3; for f in /proc/$$/fd/*; do [ -L $f ] && n=$((n+1)); done; exit $n", (char *)NULL);
 		_exit(99);
 	}
 	CHECK(waitpid(pid, &st, 0) == pid && WIFEXITED(st));
@@ -219,12 +220,6 @@ static void children(tailnode_node n) {
 }
 
 int main(int argc, char **argv) {
-	if (argc > 1 && !strcmp(argv[1], "--count-fds")) {
-		int n = 0;
-		for (int fd = 3; fd < 1024; fd++)
-			n += fcntl(fd, F_GETFD) >= 0;
-		return n;
-	}
 	for (int fd = 3; fd < 1024; fd++) // what the test driver left open
 		close(fd);
 	stack_t ss;
@@ -259,7 +254,7 @@ int main(int argc, char **argv) {
 	compare("after start");
 	traffic(n);
 	compare("after traffic");
-	forks(n, argv[0]);
+	forks(n);
 	OK(tailnode_close(n, &err));
 	compare("after close");
 	// Handlers that the host installs later get their signals, also while the node works.
