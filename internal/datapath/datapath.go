@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/tailnode/tailnode/internal/filter"
+	"github.com/tailnode/tailnode/internal/flush"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/netmap"
 	"github.com/tailnode/tailnode/internal/netstack"
@@ -79,7 +80,7 @@ type Engine struct {
 
 	reclaim  reclaim
 	parting  parting
-	gatherer gatherer
+	gatherer flush.Flusher[*peer]
 	stun     stunTap
 
 	netmap atomic.Pointer[netmap.Map]
@@ -102,6 +103,7 @@ func New(cfg Config) (*Engine, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	e := &Engine{cfg: cfg, log: cfg.Logger, flows: filter.NewFlows(maxFlows)}
+	e.gatherer.Flush = (*peer).flush
 	e.waits.init()
 	e.dns.e = e
 	e.peerRelays.e, e.peerRelays.conf = e, cfg.PeerRelay
@@ -151,7 +153,7 @@ func (e *Engine) Close() {
 	e.parting.on.Store(true)
 	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
 	e.parting.flush()
-	e.gatherer.close()
+	e.gatherer.Close()
 	if e.direct != nil {
 		e.direct.close()
 	}

@@ -35,7 +35,7 @@ func (p *peer) datagram(src wg.Source, n int, at time.Time) {
 		g.mu.Lock()
 		if g.wait == nil {
 			alone := at.Sub(g.last) >= burst
-			if alone || !p.t.e.gatherer.add(p) {
+			if alone || !p.t.e.gatherer.Add(p) {
 				g.last = at
 				g.mu.Unlock()
 				g.send.Lock() // after what is being sent
@@ -74,65 +74,6 @@ func (p *peer) flush() {
 		s.reset()
 		gatherBuffers.Put(s)
 	}
-}
-
-// gatherer is the goroutine that flushes peers. It starts with the first.
-type gatherer struct {
-	mu      sync.Mutex
-	cond    sync.Cond
-	list    []*peer
-	started bool
-	closed  bool
-	wg      sync.WaitGroup
-}
-
-// add queues p, or reports that it is too late.
-func (f *gatherer) add(p *peer) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed {
-		return false
-	}
-	if !f.started {
-		f.started = true
-		f.cond.L = &f.mu
-		f.wg.Go(f.run)
-	}
-	f.list = append(f.list, p)
-	f.cond.Signal()
-	return true
-}
-
-func (f *gatherer) run() {
-	var list []*peer
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for {
-		for len(f.list) == 0 {
-			if f.closed {
-				return
-			}
-			f.cond.Wait()
-		}
-		list, f.list = f.list, list[:0]
-		f.mu.Unlock()
-		for i, p := range list {
-			p.flush()
-			list[i] = nil
-		}
-		f.mu.Lock()
-	}
-}
-
-// close ends the goroutine, with nothing left to send.
-func (f *gatherer) close() {
-	f.mu.Lock()
-	f.closed = true
-	if f.started {
-		f.cond.Signal()
-	}
-	f.mu.Unlock()
-	f.wg.Wait()
 }
 
 // maxPackets is how many packets the kernel segments in one call.

@@ -65,15 +65,6 @@ func TestDatagramsStayInOrder(t *testing.T) {
 	}
 }
 
-func TestGathererAfterClose(t *testing.T) {
-	var f gatherer
-	f.close()
-	if f.add(nil) {
-		t.Error("queued although closed")
-	}
-	f.close()
-}
-
 // BenchmarkDatagramsOneWay sends datagrams without a pause.
 func BenchmarkDatagramsOneWay(b *testing.B) {
 	x, y := newPair(b)

@@ -19,65 +19,6 @@ const (
 	gatherMax  = 16 << 10
 )
 
-// flusher is the goroutine that sends what connections of one Stack have gathered. It starts with the first of them.
-type flusher struct {
-	mu      sync.Mutex
-	cond    sync.Cond
-	list    []*conn
-	started bool
-	closed  bool
-	wg      sync.WaitGroup
-}
-
-// add queues c, or reports that it is too late.
-func (f *flusher) add(c *conn) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed {
-		return false
-	}
-	if !f.started {
-		f.started = true
-		f.cond.L = &f.mu
-		f.wg.Go(f.run)
-	}
-	f.list = append(f.list, c)
-	f.cond.Signal()
-	return true
-}
-
-func (f *flusher) run() {
-	var list []*conn
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for {
-		for len(f.list) == 0 {
-			if f.closed {
-				return
-			}
-			f.cond.Wait()
-		}
-		list, f.list = f.list, list[:0]
-		f.mu.Unlock()
-		for i, c := range list {
-			c.flush()
-			list[i] = nil
-		}
-		f.mu.Lock()
-	}
-}
-
-// close ends the goroutine, with nothing left to send.
-func (f *flusher) close() {
-	f.mu.Lock()
-	f.closed = true
-	if f.started {
-		f.cond.Signal()
-	}
-	f.mu.Unlock()
-	f.wg.Wait()
-}
-
 // gather keeps b for later, or reports that it should be sent now.
 func (c *conn) gather(b []byte) bool {
 	if len(b) > smallWrite {
@@ -90,7 +31,7 @@ func (c *conn) gather(b []byte) bool {
 	}
 	if c.buf == nil {
 		c.waiting.Store(true) // before the flusher looks
-		if !c.s.flusher.add(c) {
+		if !c.s.flusher.Add(c) {
 			c.waiting.Store(false)
 			return false
 		}

@@ -31,6 +31,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"github.com/tailnode/tailnode/internal/flush"
 )
 
 // DefaultMTU is the largest IP packet inside the tunnel unless Config says otherwise: what every tailnet path carries.
@@ -108,7 +110,7 @@ type Stack struct {
 	// piece is how much of a Write the stack gets at a time: what fits one segment, so that the first leaves while the
 	// next is copied, and no small remainder goes out between large ones.
 	piece   int
-	flusher flusher
+	flusher flush.Flusher[*conn]
 
 	addrMu sync.Mutex // serialises SetAddresses
 	addrs  map[netip.Addr]bool
@@ -150,6 +152,7 @@ func New(cfg Config) (*Stack, error) {
 	}
 	s.budget.init(cfg.MaxBuffer, cfg.BufferBudget)
 	s.life, s.stop = context.WithCancel(context.Background())
+	s.flusher.Flush = (*conn).flush
 	s.link = &link{mtu: uint32(cfg.MTU), out: cfg.Output}
 	s.link.windows.init(cfg.MaxBuffer)
 	s.piece = int(s.link.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
@@ -276,7 +279,7 @@ func (s *Stack) Close() {
 	for k := range socks {
 		k.abort()
 	}
-	s.flusher.close()
+	s.flusher.Close()
 	s.endForwarding()
 	s.gv.Close() // half-open connections and those that linger after their Close
 	s.gv.Wait()
