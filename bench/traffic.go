@@ -112,25 +112,32 @@ func measureEthernet(r *round) error {
 	return r.direct(overDirect+" over a link of 1,500 bytes", goals{streams: []int{1, 8}})
 }
 
-// overDirect begins the names of what goes by direct paths.
-const overDirect = "direct"
-
-func (r *round) direct(name string, goal goals) error {
-	g, err := r.newGround(harness.UpstreamRelay)
+// between runs f with two nodes of the round's side, and ends them.
+func (r *round) between(relay harness.RelayMaker, w way, f func(a, b *proc) error) error {
+	g, err := r.newGround(relay)
 	if err != nil {
 		return err
 	}
 	defer g.close()
-	a, b, _, err := g.pair(r.side, direct)
+	a, b, _, err := g.pair(r.side, w)
 	if err != nil {
 		return err
 	}
 	defer a.stop()
 	defer b.stop()
-	if err := r.traffic(a, b, name, goal); err != nil {
-		return err
-	}
-	return stillDirect(a, b)
+	return f(a, b)
+}
+
+// overDirect begins the names of what goes by direct paths.
+const overDirect = "direct"
+
+func (r *round) direct(name string, goal goals) error {
+	return r.between(harness.UpstreamRelay, direct, func(a, b *proc) error {
+		if err := r.traffic(a, b, name, goal); err != nil {
+			return err
+		}
+		return stillDirect(a, b)
+	})
 }
 
 // measureRelayed has either relay between two nodes that may not take another path.
@@ -155,64 +162,37 @@ func measureRelayed(r *round) error {
 }
 
 func (r *round) relayed(name string, relay harness.RelayMaker, goal goals) error {
-	g, err := r.newGround(relay)
-	if err != nil {
-		return err
-	}
-	defer g.close()
-	a, b, _, err := g.pair(r.side, relayOnly)
-	if err != nil {
-		return err
-	}
-	defer a.stop()
-	defer b.stop()
-	return r.traffic(a, b, name, goal)
+	return r.between(relay, relayOnly, func(a, b *proc) error {
+		return r.traffic(a, b, name, goal)
+	})
 }
 
 func measureUDP(r *round) error {
-	g, err := r.newGround(harness.UpstreamRelay)
-	if err != nil {
-		return err
-	}
-	defer g.close()
-	a, b, _, err := g.pair(r.side, direct)
-	if err != nil {
-		return err
-	}
-	defer a.stop()
-	defer b.stop()
-	u, err := b.do(child.Command{Op: "udp", Addr: a.up.IP, Seconds: r.p.stream.Seconds()})
-	if err != nil {
-		return err
-	}
-	r.add(more("direct: UDP datagrams of 1,200 bytes that arrive", "1/s", 2), float64(u.Count)/u.Seconds)
-	r.add(more("direct: UDP datagrams that were sent, without a pause", "1/s", 0), float64(u.Sent)/u.Seconds)
-	return stillDirect(a, b)
+	return r.between(harness.UpstreamRelay, direct, func(a, b *proc) error {
+		u, err := b.do(child.Command{Op: "udp", Addr: a.up.IP, Seconds: r.p.stream.Seconds()})
+		if err != nil {
+			return err
+		}
+		r.add(more("direct: UDP datagrams of 1,200 bytes that arrive", "1/s", 2), float64(u.Count)/u.Seconds)
+		r.add(more("direct: UDP datagrams that were sent, without a pause", "1/s", 0), float64(u.Sent)/u.Seconds)
+		return stillDirect(a, b)
+	})
 }
 
 func measureConnections(r *round) error {
-	g, err := r.newGround(harness.UpstreamRelay)
-	if err != nil {
-		return err
-	}
-	defer g.close()
-	a, b, _, err := g.pair(r.side, direct)
-	if err != nil {
-		return err
-	}
-	defer a.stop()
-	defer b.stop()
-	for _, c := range []struct {
-		n    int
-		name string
-	}{{1, "one at a time"}, {32, "32 at once"}} {
-		t, err := b.do(child.Command{Op: "conns", Addr: a.up.IP, Streams: c.n, Seconds: (r.p.stream * 2 / 3).Seconds()})
-		if err != nil {
-			return fmt.Errorf("%s: %w", c.name, err)
+	return r.between(harness.UpstreamRelay, direct, func(a, b *proc) error {
+		for _, c := range []struct {
+			n    int
+			name string
+		}{{1, "one at a time"}, {32, "32 at once"}} {
+			t, err := b.do(child.Command{Op: "conns", Addr: a.up.IP, Streams: c.n, Seconds: (r.p.stream * 2 / 3).Seconds()})
+			if err != nil {
+				return fmt.Errorf("%s: %w", c.name, err)
+			}
+			r.add(more("connections opened, used and closed, "+c.name, "1/s", 1.5), float64(t.Count)/t.Seconds)
 		}
-		r.add(more("connections opened, used and closed, "+c.name, "1/s", 1.5), float64(t.Count)/t.Seconds)
-	}
-	return nil
+		return nil
+	})
 }
 
 // profiles makes CPU profiles of both nodes in a long transfer of one stream, direct and by each relay, in folder dir.
