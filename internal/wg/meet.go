@@ -26,9 +26,10 @@ type meeting struct {
 	giveUpAt int64        // when to stop that
 	callAt   int64        // when to begin because the peer looks for us; 0: not
 	sentAt   int64        // the last that was sent
-	slow     int          // sent since the last handshake, not known to be lost
+	slow     int          // sent since the last handshake, not taken for lost
 	quick    int          // ... known to be lost
 	lost     bool         // the last is known to be lost
+	counted  bool         // the last is one of slow
 }
 
 // want is told that something asks for a session, and reports whether to send an initiation.
@@ -50,7 +51,7 @@ func (m *meeting) ready(now int64) bool {
 
 // sent is told that an initiation leaves. With a session in use nothing waits, and the paper's time stands.
 func (m *meeting) sent(t *timing, now int64, session bool) {
-	m.sentAt, m.lost, m.callAt = now, false, 0
+	m.sentAt, m.lost, m.callAt, m.counted = now, false, 0, !session
 	wait := t.rekeyTimeout
 	if !session {
 		wait = backoff(t.firstRetry, m.slow, t.rekeyTimeout)
@@ -66,6 +67,14 @@ func backoff(first int64, n int, most int64) int64 {
 		return most
 	}
 	return min(first<<n, most)
+}
+
+// spare takes the last initiation, of whose end something is known now, out of what makes the next wait longer.
+func (m *meeting) spare() {
+	if m.counted {
+		m.counted = false
+		m.slow--
+	}
 }
 
 // waiting reports whether an initiation has been sent that is without an answer, and packets wait for that.
@@ -86,7 +95,7 @@ func (m *meeting) gone(t *timing, now int64, session bool) {
 	m.lost = true
 	wait := backoff(t.lostRetry, m.quick, t.rekeyTimeout)
 	m.quick++
-	m.slow = max(m.slow-1, 0)
+	m.spare()
 	m.next.Store(now + wait)
 	m.retryAt = now + wait
 }
@@ -100,6 +109,7 @@ func (m *meeting) alive(t *timing, now, rtt int64, session bool) bool {
 	if !m.lost && now-m.sentAt < max(t.spacing, 3*rtt) {
 		return false
 	}
+	m.spare()
 	m.next.Store(now)
 	return true
 }
@@ -114,13 +124,13 @@ func (m *meeting) wanted(t *timing, now int64, session bool) {
 // renew is told that the peer has started anew. What is known of the initiations before says nothing of the next.
 func (m *meeting) renew() {
 	m.next.Store(0)
-	m.slow, m.quick, m.lost = 0, 0, false
+	m.slow, m.quick, m.lost, m.counted = 0, 0, false, false
 }
 
 // done is told that there is a session.
 func (m *meeting) done() {
 	m.retryAt, m.callAt, m.sentAt = 0, 0, 0
-	m.slow, m.quick, m.lost = 0, 0, false
+	m.slow, m.quick, m.lost, m.counted = 0, 0, false, false
 }
 
 // reset forgets everything.

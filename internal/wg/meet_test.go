@@ -38,13 +38,16 @@ func TestMeeting(t *testing.T) {
 			{3182, "due", true, 3432}, {3183, "gone", false, 6383}, {6383, "due", true, 6633}, {6634, "gone", false, 11634},
 		}},
 		{"it shows itself", false, []step{
-			{0, "want", true, 250}, {1, "gone", false, 26}, {3, "alive", true, 253}, {4, "alive", false, 253}, {30, "alive", true, 530},
+			{0, "want", true, 250}, {1, "gone", false, 26}, {3, "alive", true, 253}, {4, "alive", false, 253}, {30, "alive", true, 280},
+		}},
+		{"one that is lost, and then replaced, counts once", false, []step{
+			{0, "want", true, 250}, {313, "due", true, 813}, {314, "gone", false, 339}, {320, "alive", true, 820},
 		}},
 		{"it shows itself and is far", false, []step{
-			{0, "want", true, 250}, {100, "alive far", false, 250}, {150, "alive far", true, 650},
+			{0, "want", true, 250}, {100, "alive far", false, 250}, {150, "alive far", true, 400},
 		}},
 		{"no way to send", false, []step{
-			{0, "want", true, 250}, {0, "failed", false, 250}, {1, "alive", true, 501},
+			{0, "want", true, 250}, {0, "failed", false, 250}, {1, "alive", true, 251},
 		}},
 		{"it is there and we want nothing", false, []step{{0, "alive", false, -1}, {1, "gone", false, -1}, {2, "failed", false, -1}}},
 		{"it looks for us", false, []step{
@@ -52,7 +55,7 @@ func TestMeeting(t *testing.T) {
 		}},
 		{"it looks for us and has found us", false, []step{{0, "wanted", false, 150}, {10, "done", false, -1}}},
 		{"we look for each other", false, []step{
-			{0, "want", true, 250}, {1, "wanted", false, 250}, {2, "alive", false, 250}, {30, "alive", true, 530},
+			{0, "want", true, 250}, {1, "wanted", false, 250}, {2, "alive", false, 250}, {30, "alive", true, 280},
 		}},
 		{"it looks for us and we begin", false, []step{{0, "wanted", false, 150}, {10, "want", true, 260}}},
 		{"renewal with a session", true, []step{

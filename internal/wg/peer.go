@@ -46,6 +46,7 @@ type Peer struct {
 	cookie         *cookieJar
 	lastMAC1       [16]byte // of the last handshake message sent, to which a cookie may be the reply
 	hasMAC1        bool
+	doubts         int8 // handshakes because a session was unproved, since the last that was not
 
 	// The scheduler's; guarded by its lock, wakeAt readable without it.
 	wakeAt atomic.Int64
@@ -377,6 +378,35 @@ func (p *Peer) retire(s *session) {
 	}
 	p.previous = s
 }
+
+// unproved reports whether cur, which we initiated, has most likely no other end: data has gone out on it for a while, and nothing came
+// on it. That happens when the responder works on two initiations at once, or twice on one that it got by two paths: each
+// response is good, but it has the keys of the last one alone. Upstream's does (it looks for replays and notes what it has seen under two
+// locks), and waiting for KEEPALIVE_TIMEOUT + REKEY_TIMEOUT would be the end of most dials. mu is held.
+func (p *Peer) unproved(cur *session, now int64, due func(int64) bool) bool {
+	if cur == nil || cur.heard.Load() != 0 || p.doubts >= maxDoubts {
+		return false
+	}
+	asked := cur.asked.Load()
+	if asked == 0 {
+		return false
+	}
+	wait := max(p.dev.t.prove, 4*cur.rtt) << (2 * p.doubts)
+	if !due(asked + wait) {
+		return false
+	}
+	cur.asked.Store(0) // or the next that is sent asks
+	// A peer that has nothing to say on a new session is no sign of anything if it has had one before, but one that goes on to speak
+	// on that is. Unless it has initiated that, and this node the other at the same time: then each may send on its own.
+	if prev := p.previous; prev != nil && prev.heard.Load() != 0 && (!prev.initiator || p.lastRx.Load() < asked+wait/2) {
+		return false
+	}
+	p.doubts++
+	return true
+}
+
+// maxDoubts bounds what a peer costs that never says anything.
+const maxDoubts = 2
 
 // promote makes next the current session once its initiator has used it. It reports whether
 // s was next. mu is held.

@@ -125,6 +125,7 @@ func (p *Peer) received(now int64, n int) {
 // firstHeard is called once, when the first message came on s: the other end has the session too.
 func (p *Peer) firstHeard(s *session, now int64) {
 	p.mu.Lock()
+	p.doubts = 0
 	promoted := p.promote(s, now)
 	prev := p.previous != nil
 	p.mu.Unlock()
@@ -309,6 +310,7 @@ func (p *Peer) finish(msg *[sizeResponse]byte, index uint32, now int64) error {
 		return err
 	}
 	s := newSession(p, index, le.Uint32(msg[rSender:]), true, now, &k)
+	s.rtt = now - p.meet.sentAt
 	k.wipe()
 	p.establish(s, now)
 	hs.wipe()

@@ -71,7 +71,7 @@ func (p *Peer) wantsRekey(s *session, now int64) bool {
 	if s.counter < t.rekeyAfterMessages && !(s.initiator && now-s.created >= t.rekeyAfterTime) {
 		return false
 	}
-	return now >= p.meet.next.Load()
+	return now >= p.meet.next.Load() || s.counter >= t.rejectAfterMessages // with that, what is staged waits for it
 }
 
 // flush sends what was staged, or else, if probe, an empty message.
@@ -184,6 +184,10 @@ func (p *Peer) seal(s *session, src Source, mtu int, now int64) (err error) {
 	transmit()
 	if total > 0 {
 		p.sent(now, total)
+		if s.initiator && s.heard.Load() == 0 && s.asked.Load() == 0 {
+			s.asked.Store(now)
+			d.sched.wakeBy(p, now+d.t.prove)
+		}
 		if p.unanswered.Load() == 0 {
 			since := now + jitter(d.t.jitter)
 			p.unanswered.Store(since)

@@ -17,6 +17,8 @@ type session struct {
 	counter       uint64       // of the next message; guarded by peer.sendMu
 	users         atomic.Int32 // calls that use send or recv; negative once dead
 	heard         atomic.Int64 // when the first message came on it; 0 is not yet
+	asked         atomic.Int64 // of one that we initiated and have not heard on: when data was sent on it; see Peer.unproved
+	rtt           int64        // ... and how long its handshake took
 
 	winMu sync.Mutex
 	win   window

@@ -207,7 +207,13 @@ func (p *Peer) tick(now int64) {
 		return
 	}
 	p.age(now, due)
-	initiate, gaveUp := p.meet.due(t, now, p.current.Load() != nil)
+	cur := p.current.Load()
+	if p.unproved(cur, now, due) {
+		p.meet.renew()
+		p.meet.want(t, now)
+		p.meet.retryAt = now // due below
+	}
+	initiate, gaveUp := p.meet.due(t, now, cur != nil)
 	if gaveUp {
 		p.dropHandshake()
 	}

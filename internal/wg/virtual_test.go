@@ -169,8 +169,9 @@ func TestPassiveKeepalive(t *testing.T) {
 		a, b := l.ends[0], l.ends[1]
 		a.send(1)
 		settle()
+		time.Sleep(time.Second) // for a to begin to doubt the session
 		before := b.sent.Load()
-		time.Sleep(9 * time.Second)
+		time.Sleep(8 * time.Second)
 		if b.sent.Load() != before {
 			t.Errorf("%d messages before the keepalive was due", b.sent.Load()-before)
 		}
@@ -191,6 +192,8 @@ func TestSilentPeerGetsNewHandshake(t *testing.T) {
 		a, b := l.ends[0], l.ends[1]
 		a.send(1)
 		settle()
+		b.send(1)
+		settle()
 		// b forgets everything, as after a restart.
 		b.peer.mu.Lock()
 		b.peer.dropSessions()
@@ -206,6 +209,107 @@ func TestSilentPeerGetsNewHandshake(t *testing.T) {
 		if b.count(3, 3) != 1 {
 			t.Error("no new handshake after 15 seconds of silence")
 		}
+	})
+}
+
+// TestUnprovedSession: the responder has lost the session with its response, as it does if it works on two initiations at once.
+func TestUnprovedSession(t *testing.T) {
+	loses := func(l *lossy, n *int) { // b loses the session of its next n responses
+		b := l.ends[1]
+		l.seen = func(to int, m []byte) {
+			if to == 0 && m[0] == typeResponse && *n > 0 {
+				*n--
+				l.wg.Go(func() {
+					b.peer.mu.Lock()
+					defer b.peer.mu.Unlock()
+					b.peer.next.kill()
+					b.peer.next = nil
+				})
+			}
+		}
+	}
+	for _, tc := range []struct {
+		name  string
+		lost  int
+		after time.Duration // what a sends comes by then
+	}{{"once", 1, 600 * time.Millisecond}, {"twice", 2, 2700 * time.Millisecond}, {"thrice", 3, 18500 * time.Millisecond}} {
+		t.Run(tc.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, l *lossy) {
+				a, b := l.ends[0], l.ends[1]
+				n := tc.lost
+				loses(l, &n)
+				for i := range uint32(2) {
+					from := 1000 * i
+					last := from + uint32(tc.after/(50*time.Millisecond))
+					for id := from; id <= last; id++ {
+						a.send(id)
+						time.Sleep(50 * time.Millisecond)
+					}
+					settle()
+					if i == 0 && b.count(from, from) != 0 {
+						t.Error("the first came: the session was not lost")
+					}
+					if b.count(last, last) != 1 {
+						t.Errorf("nothing comes after %v", tc.after)
+					}
+					b.send(from)
+					settle()
+				}
+				if a.count(0, 0)+a.count(1000, 1000) != 2 {
+					t.Error("the answers did not come")
+				}
+			})
+		})
+	}
+	t.Run("rekey", func(t *testing.T) { // of a session on which b goes on sending
+		inBubble(t, func(t *testing.T, l *lossy) {
+			a, b := l.ends[0], l.ends[1]
+			id := uint32(0)
+			both := func(d time.Duration) {
+				for end := time.Now().Add(d); time.Now().Before(end); id++ {
+					a.send(id)
+					b.send(id)
+					time.Sleep(50 * time.Millisecond)
+				}
+			}
+			both(115 * time.Second)
+			n := 1
+			loses(l, &n)
+			from := id
+			both(10 * time.Second)
+			settle()
+			if n != 0 {
+				t.Fatal("no rekey")
+			}
+			if a.count(from, id-1) != int(id-from) {
+				t.Error("what b sent was lost")
+			}
+			if lost := int(id-from) - b.count(from, id-1); lost == 0 || lost > 13 {
+				t.Errorf("%d lost in steps of 50 ms", lost)
+			}
+		})
+	})
+	t.Run("nothing to say", func(t *testing.T) { // is no reason for more than a handshake or two
+		inBubble(t, func(t *testing.T, l *lossy) {
+			a, b := l.ends[0], l.ends[1]
+			inits := 0
+			l.seen = func(_ int, m []byte) {
+				if m[0] == typeInitiation {
+					inits++
+				}
+			}
+			for i := range uint32(1200) {
+				a.send(i)
+				time.Sleep(500 * time.Millisecond)
+			}
+			settle()
+			if b.count(0, 1199) != 1200 {
+				t.Errorf("%d of 1200 came", b.count(0, 1199))
+			}
+			if inits > 5+maxDoubts {
+				t.Errorf("%d initiations in ten minutes", inits)
+			}
+		})
 	})
 }
 
@@ -415,6 +519,7 @@ func TestListenerRenews(t *testing.T) {
 			a, b := l.ends[0], l.ends[1]
 			a.send(0)
 			settle()
+			b.send(0)
 			time.Sleep(164 * time.Second)
 			b.send(1)
 			settle()

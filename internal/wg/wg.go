@@ -117,6 +117,7 @@ type timing struct {
 	rekeyAfterTime, rejectAfterTime, rekeyAttemptTime int64 // nanoseconds, as all below
 	rekeyTimeout, keepaliveTimeout, cookieRefresh     int64
 	firstRetry, lostRetry, callBack, spacing          int64 // see meeting
+	prove                                             int64 // see Peer.unproved
 	jitter                                            int64 // added at random to rekeyTimeout
 	rekeyAfterMessages, rejectAfterMessages           uint64
 }
@@ -130,6 +131,7 @@ var defaultTiming = timing{
 	lostRetry:           int64(25 * time.Millisecond),
 	callBack:            int64(150 * time.Millisecond),
 	spacing:             int64(25 * time.Millisecond), // initiationSpacing and some
+	prove:               int64(500 * time.Millisecond),
 	keepaliveTimeout:    int64(10 * time.Second),
 	cookieRefresh:       int64(120 * time.Second),
 	jitter:              int64(333 * time.Millisecond),
