@@ -81,6 +81,7 @@ type Engine struct {
 	reclaim  reclaim
 	parting  parting
 	gatherer flush.Flusher[*peer]
+	streams  streams
 	stun     stunTap
 
 	netmap atomic.Pointer[netmap.Map]
@@ -154,6 +155,7 @@ func (e *Engine) Close() {
 	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
 	e.parting.flush()
 	e.gatherer.Close()
+	e.streams.close()
 	if e.direct != nil {
 		e.direct.close()
 	}

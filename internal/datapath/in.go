@@ -50,19 +50,15 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 	s.packet(p, plain)
 }
 
-// connected reports whether a TCP packet that does not begin a connection may come in: always,
-// unless it is for a listener and the rules do not let its sender connect. Without this a peer
-// without a rule could guess the cookie with which a listener whose backlog is full answers, and
-// would be connected.
-func (s *sink) connected(f *filter.Filter, h *packet.Parsed) bool {
+// connected reports whether a TCP packet that does not begin a connection is of one.
+func (s *sink) connected(h *packet.Parsed) (connected, listener bool) {
 	if h.Src == s.tcpSrc && h.Dst == s.tcpDst {
-		return true
+		return true, false
 	}
-	if s.t.e.stack.ToListener(h.Dst, h.Src) && !f.AllowsTCP(h.Src.Addr(), h.Dst) {
-		return false
+	if connected, listener = s.t.e.stack.Connected(h.Dst, h.Src); connected {
+		s.tcpSrc, s.tcpDst = h.Src, h.Dst
 	}
-	s.tcpSrc, s.tcpDst = h.Src, h.Dst
-	return true
+	return connected, listener
 }
 
 // Flush hands everything that is still gathered to the netstack.
@@ -98,11 +94,23 @@ func (s *sink) packet(p *peer, b []byte) {
 		e.rejected(p, h, dst)
 		return
 	}
-	if v == filter.AcceptTCP && !s.connected(f, h) {
-		return
+	stray := false
+	if v == filter.AcceptTCP {
+		switch connected, listener := s.connected(h); {
+		case connected:
+		case listener && !f.AllowsTCP(h.Src.Addr(), h.Dst):
+			// Otherwise a peer without a rule could guess the cookie with which a listener whose backlog is full answers, and would be connected.
+			return
+		default:
+			stray = true
+		}
 	}
 	if e.intercept(p, h) {
 		return
 	}
-	s.inbox.Commit(b)
+	if stray {
+		s.inbox.CommitStray(b)
+	} else {
+		s.inbox.Commit(b)
+	}
 }

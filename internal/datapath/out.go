@@ -37,27 +37,22 @@ func (o *output) WritePacket(p *netstack.Packet) {
 	if h.TCPFlags&packet.TCPSyn != 0 && h.Proto == packet.TCP && ownAddr(n, h.Dst.Addr()) {
 		p.OfferAnyMSS()
 	}
-	mtu := 0
-	if p.AnySize() {
-		mtu = pr.path.MTU(p.Len())
+	var src wg.Source = p
+	if as, ok := masqFor(m, n, h.Src.Addr()); ok {
+		src = &masqSource{Source: p, own: h.Src.Addr(), as: as}
+	} else if h.Proto == packet.TCP && e.parting.on.Load() && e.parting.take(pr, p) {
+		return
 	}
 	// An error is a lost packet, and the layers above expect those.
-	if h.Proto == packet.UDP && p.Len() <= MTU {
-		var src wg.Source = p
-		if as, ok := masqFor(m, n, h.Src.Addr()); ok {
-			src = &masqSource{Source: p, own: h.Src.Addr(), as: as}
+	switch mtu := 0; {
+	case h.Proto == packet.UDP && p.Len() <= MTU, h.Proto == packet.TCP && p.Len() <= tiny:
+		pr.datagram(src, p.Len(), at, h.Proto == packet.TCP)
+	default:
+		if p.AnySize() {
+			mtu = pr.path.MTU(p.Len())
 		}
-		pr.datagram(src, p.Len(), at)
-		return
+		pr.segment(src, mtu)
 	}
-	if as, ok := masqFor(m, n, h.Src.Addr()); ok {
-		pr.wg.SendSized(&masqSource{Source: p, own: h.Src.Addr(), as: as}, mtu)
-		return
-	}
-	if e.parting.on.Load() && e.parting.take(pr, p) {
-		return
-	}
-	pr.wg.SendSized(p, mtu)
 }
 
 // route returns the peer that packets to dst go to, or nil: there is none, or its key has expired.

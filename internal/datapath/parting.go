@@ -43,7 +43,7 @@ func (g *parting) take(pr *peer, p *netstack.Packet) bool {
 	}
 	g.mu.Unlock()
 	if full {
-		pr.wg.Send(s)
+		pr.segment(s, 0)
 	}
 	return true
 }
@@ -56,6 +56,6 @@ func (g *parting) flush() {
 	g.of = nil
 	g.mu.Unlock()
 	for pr, s := range of {
-		pr.wg.Send(s)
+		pr.segment(s, 0)
 	}
 }

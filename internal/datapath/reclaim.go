@@ -25,13 +25,13 @@ const (
 	// reclaimCycles is how many cycles it takes: nothing is in a sync.Pool any more after two, and the scavenger spares
 	// what was densely used for one more.
 	reclaimCycles = 3
-	// reclaimHeap is the size in bytes of the heap above which nothing is done. Marking it takes some 20 ms of one processor.
-	reclaimHeap = 64 << 20
+	// ReclaimHeap is the size in bytes of the heap above which nothing is done. Marking it takes some 20 ms of one processor.
+	ReclaimHeap = 64 << 20
 )
 
 // collections returns how many cycles there are to run after a burst, ran since the burst, with so many bytes on the heap.
 func collections(ran uint32, heap uint64) int {
-	if heap > reclaimHeap || ran >= reclaimCycles {
+	if heap > ReclaimHeap || ran >= reclaimCycles {
 		return 0
 	}
 	return int(reclaimCycles - ran)

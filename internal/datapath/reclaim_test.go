@@ -11,7 +11,7 @@ func TestCollections(t *testing.T) {
 		heap uint64
 		want int
 	}{
-		{0, 1 << 20, 3}, {1, 1 << 20, 2}, {3, 1 << 20, 0}, {1000, 1 << 20, 0}, {0, reclaimHeap + 1, 0},
+		{0, 1 << 20, 3}, {1, 1 << 20, 2}, {3, 1 << 20, 0}, {1000, 1 << 20, 0}, {0, ReclaimHeap + 1, 0},
 	} {
 		if got := collections(tc.ran, tc.heap); got != tc.want {
 			t.Errorf("%d cycles, %d bytes: %d, want %d", tc.ran, tc.heap, got, tc.want)
@@ -24,7 +24,7 @@ func TestReclaim(t *testing.T) {
 	var r reclaim
 	r.traffic(true)
 	runtime.ReadMemStats(&before)
-	if before.HeapAlloc > reclaimHeap {
+	if before.HeapAlloc > ReclaimHeap {
 		t.Skip("other tests have left too much")
 	}
 	r.traffic(false)

@@ -72,6 +72,7 @@ func (s *Stack) dialTCP(ctx context.Context, dst netip.AddrPort) (*conn, error) 
 	if c == nil {
 		return nil, net.ErrClosed
 	}
+	c.dialled = true
 	return c, nil
 }
 
@@ -88,7 +89,8 @@ type listener struct {
 // ListenTCP listens on addr: one of the node's addresses, 0.0.0.0 for all of its IPv4 addresses, or :: (or the zero
 // Addr) for all of either family, present and future. Port 0 picks one that is free. Errors are *net.OpError: ErrInUse,
 // ErrNotLocal, net.ErrClosed. It does not block. A connection reset before it is accepted is still returned by Accept,
-// and fails when used.
+// and fails when used. Where more come at a time than Config.Backlog, late copies of a handshake's last packet may make a connection
+// that nobody has at the other end: a server that waits for what a client sends wants a read deadline, or keep-alive.
 func (s *Stack) ListenTCP(addr netip.AddrPort) (net.Listener, error) {
 	l, err := s.listenTCP(addr, false)
 	if err != nil {
@@ -127,8 +129,8 @@ func (s *Stack) listenTCP(addr netip.AddrPort, only6 bool) (*listener, error) {
 	}
 	// gVisor counts a segment that came to the listener, and is passed on to the connection that its handshake has just
 	// made, against the listener for good, and takes no segment with data to one that has used its buffer up: then peers
-	// whose handshake ended when the backlog was full wait for ever. So the buffer is one that is not used up. Those of
-	// connections were settled by Listen.
+	// whose handshake ended when the backlog was full wait for ever. So the buffer is one that is not used up, and strays bounds what waits.
+	// Those of connections were settled by Listen.
 	ep.SocketOptions().SetReceiveBufferSize(math.MaxInt32, false)
 	l := &listener{s: s, ep: ep, wq: wq, done: make(chan struct{})}
 	l.addr = boundAddr(ep, addr)

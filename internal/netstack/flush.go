@@ -9,7 +9,8 @@ import (
 
 // Small writes in a burst are gathered. Carried through to the socket one by one they would cost a packet each: the
 // stack, the seal and the system call. So a small write goes straight out only if the connection has sent nothing for
-// burst; otherwise it joins those that wait, which leave when there are gatherMax bytes of them, when the application
+// burst, or one packet: a header and a body are no burst, and waking the flusher for the second would cost more than that; otherwise
+// it joins those that wait, which leave when there are gatherMax bytes of them, when the application
 // begins to wait for an answer (Read), closes, or writes something larger, and at the latest when the flusher's
 // goroutine gets to run, which is microseconds later. Nothing waits for an acknowledgement, as it would with Nagle's
 // algorithm.
@@ -26,8 +27,20 @@ func (c *conn) gather(b []byte) bool {
 	}
 	c.sm.Lock()
 	defer c.sm.Unlock()
-	if c.failed || c.tight || len(c.pend) == 0 && time.Since(c.lastSend) >= burst {
+	if c.failed || c.tight {
 		return false
+	}
+	if len(c.pend) == 0 {
+		switch first := c.lastSend.IsZero(); {
+		case first && c.dialled && !c.reading.Load():
+			// A greeting in more than one piece, most likely, or a request, after which the application reads.
+		case first || time.Since(c.lastSend) >= burst:
+			c.again = false
+			return false
+		case !c.again:
+			c.again = true
+			return false
+		}
 	}
 	if c.buf == nil {
 		c.waiting.Store(true) // before the flusher looks

@@ -3,6 +3,7 @@ package netstack
 import (
 	"bytes"
 	"encoding/binary"
+	"runtime"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -18,6 +19,9 @@ const (
 	// an application leaves unread holds its own size and not 64 KiB.
 	copyBelow = 8 << 10
 
+	// yieldAfter is how many bytes in datagrams may be delivered at a time before their readers get to run.
+	yieldAfter = 4 << 10
+
 	maxHdr     = 60 + 60 // IP and TCP headers with all options
 	maxPayload = 0xffff - maxHdr
 
@@ -32,7 +36,7 @@ const (
 //		dst := in.Room(len(message))
 //		plain, ok := open(dst, message) // decrypts to dst
 //		if ok && allowed(plain) {
-//			in.Commit(plain)
+//			in.Commit(plain) // or CommitStray
 //		}
 //	}
 //	in.Flush()
@@ -49,6 +53,8 @@ type Inbox struct {
 	lent  bool // Room was called and not yet Commit
 	room  int  // where the latest Room starts
 	saved int  // bytes at room that belong to the batch; kept in stash
+	alone int  // bytes delivered in datagrams since Flush
+	small int  // and TCP segments with little data, or that begin or end a connection
 	stash [maxHdr]byte
 
 	batch batch
@@ -152,8 +158,21 @@ func (in *Inbox) Commit(pkt []byte) {
 
 	default:
 		// Not to be collected: passed on now, in views of its own, after what its flow has waiting.
-		if s.tcp && s.hdr[s.ipLen+13]&tcpSYN != 0 {
-			markSYN(s.hdr[s.ipLen:], int(in.s.link.mtu), s.ipLen)
+		answer := false // to be acknowledged with what the application sends next
+		if s.tcp {
+			switch s.hdr[s.ipLen+13] & (tcpSYN | tcpFIN | tcpRST | tcpACK) {
+			case tcpSYN | tcpACK:
+				// Others' listeners might take the acknowledgement and the first data together amiss: gVisor's does when it is full.
+				answer = markSYN(s.hdr[s.ipLen:], int(in.s.link.mtu), s.ipLen)
+			case tcpSYN:
+				if !in.s.link.strays.enter() {
+					in.restore()
+					return
+				}
+				markSYN(s.hdr[s.ipLen:], int(in.s.link.mtu), s.ipLen)
+			case tcpFIN | tcpACK:
+				answer = true
+			}
 		}
 		head := buffer.NewViewWithData(pkt[:s.hlen])
 		var body *buffer.View
@@ -163,6 +182,16 @@ func (in *Inbox) Commit(pkt []byte) {
 		in.restore()
 		if same || kind == opaque {
 			in.deliver()
+		}
+		switch {
+		case !s.tcp:
+			in.alone += s.total
+		case s.hdr[s.ipLen+13] != tcpACK:
+			in.small++
+		}
+		if answer {
+			n := s.payload() + 1
+			in.s.link.acks.expect(head.AsSlice(), n, binary.BigEndian.Uint32(head.AsSlice()[s.ipLen+4:])+uint32(n))
 		}
 		var again *buffer.View
 		if s.tcp && body == nil {
@@ -178,6 +207,14 @@ func (in *Inbox) Commit(pkt []byte) {
 	}
 }
 
+// CommitStray is Commit for a TCP packet that is no SYN and belongs to no connection, by [Stack.Connected]. It drops one that is long, or
+// comes when too many, SYNs among them, have not been answered yet (the peer sends again what it cares about).
+func (in *Inbox) CommitStray(pkt []byte) {
+	if len(pkt) <= maxStray && in.s.link.strays.enter() {
+		in.Commit(pkt)
+	}
+}
+
 // Flush delivers what has been collected. Call it when the receive loop has nothing more at hand.
 func (in *Inbox) Flush() {
 	in.lent = false
@@ -186,6 +223,13 @@ func (in *Inbox) Flush() {
 	if in.end > chunkSize/2 {
 		in.drop() // the next batch gets a whole chunk
 	}
+	if in.alone >= yieldAfter || in.small > 1 {
+		// Who reads datagrams gets to run now, on this processor if there is no other: what does not fit a socket's queue is lost after all
+		// the work that it was, and while more comes the receive loop would not pause. And where small segments come
+		// several at a time, of many connections, their answers leave before the loop looks for more.
+		runtime.Gosched()
+	}
+	in.alone, in.small = 0, 0
 }
 
 // deliver passes the batch to the stack.
@@ -197,6 +241,9 @@ func (in *Inbox) deliver() {
 	n := in.end - b.start
 	if b.n > 1 {
 		b.fixLength(n)
+	} else if n <= ackable {
+		in.small++
+		in.s.link.acks.expect(b.hdr[:b.hlen], n, b.next)
 	}
 	b.n = 0
 	head := buffer.NewViewWithData(b.hdr[:b.hlen])

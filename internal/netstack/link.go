@@ -26,6 +26,8 @@ type link struct {
 	mtu     uint32
 	out     Output
 	windows smallWindows
+	acks    ackTable
+	strays  strays
 	disp    atomic.Pointer[stack.NetworkDispatcher]
 	closed  atomic.Bool
 }
@@ -98,10 +100,22 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 		p := newPacket()
 		p.set(pk, int(l.mtu))
 		l.windows.sent(p.hdr)
-		l.out.WritePacket(p)
+		if !l.acks.keep(p.hdr, p.size, p) {
+			p.nAhead = l.acks.ahead(p.hdr, &p.ahead)
+			l.out.WritePacket(p)
+		}
+		l.strays.sent(p.hdr)
 		p.free()
 	}
 	return len(list), nil
+}
+
+// sendRaw passes a whole IP packet to Output as it is.
+func (l *link) sendRaw(pkt []byte) {
+	p := newPacket()
+	p.raw = pkt
+	l.out.WritePacket(p)
+	p.free()
 }
 
 // deliver passes one inbound IP packet to the stack and gives up the reference to pk.

@@ -74,12 +74,16 @@ func mssOption(tcp []byte) int {
 	return 0
 }
 
-// markSYN marks the MSS of an inbound SYN, whose TCP header is tcp. Its checksum is left behind: gVisor does not look at it.
-func markSYN(tcp []byte, mtu, ipLen int) {
-	if i := mssOption(tcp); i > 0 {
-		mss := int(binary.BigEndian.Uint16(tcp[i:]))
-		binary.BigEndian.PutUint16(tcp[i:], uint16(marked(mss, mssLimit(mtu, ipLen))))
+// markSYN marks the MSS of an inbound SYN, whose TCP header is tcp, and reports whether it is AnyMSS. Its checksum is left behind:
+// gVisor does not look at it.
+func markSYN(tcp []byte, mtu, ipLen int) bool {
+	i := mssOption(tcp)
+	if i == 0 {
+		return false
 	}
+	mss := int(binary.BigEndian.Uint16(tcp[i:]))
+	binary.BigEndian.PutUint16(tcp[i:], uint16(marked(mss, mssLimit(mtu, ipLen))))
+	return mss >= AnyMSS
 }
 
 // offerAnyMSS makes the MSS of an outbound SYN AnyMSS. pkt is a whole packet.

@@ -45,6 +45,9 @@ type Packet struct {
 	pseudo uint16 // sum of the pseudo header without the length
 	first  bool
 
+	nAhead int // bytes of ahead, another packet to the same peer, which goes first
+	ahead  ackPacket
+
 	scratch [128]byte
 }
 
@@ -52,10 +55,10 @@ var packets = sync.Pool{New: func() any { return new(Packet) }}
 
 func newPacket() *Packet { return packets.Get().(*Packet) }
 
-// free returns p to the pool; everything but scratch is reset, for scratch is always written before it is read.
+// free returns p to the pool; everything but scratch and ahead is reset, for those are always written before they are read.
 func (p *Packet) free() {
 	p.raw, p.hdr, p.view = nil, nil, nil
-	p.size, p.off, p.left = 0, 0, 0
+	p.size, p.off, p.left, p.nAhead = 0, 0, 0, 0
 	p.split, p.done, p.offer, p.any = false, false, false, false
 	packets.Put(p)
 }
@@ -155,12 +158,12 @@ func (p *Packet) Header() []byte {
 	return p.hdr
 }
 
-// Len returns the length in bytes of the whole packet, before splitting and with its headers once.
+// Len returns the length in bytes of the whole packet, before splitting and with its headers once, and of another one that goes ahead of it.
 func (p *Packet) Len() int {
 	if p.raw != nil {
 		return len(p.raw)
 	}
-	return p.size
+	return p.nAhead + p.size
 }
 
 // AnySize reports whether p is a TCP segment for a receiver that takes packets of any size ([AnyMSS]): Next then fills dst, however long.
@@ -185,6 +188,13 @@ func (p *Packet) OfferAnyMSS() {
 // fit is dropped. Next implements the tunnel's packet source.
 func (p *Packet) Next(dst []byte) int {
 	switch {
+	case p.nAhead > 0:
+		n := p.nAhead
+		p.nAhead = 0
+		if len(dst) >= n {
+			return copy(dst, p.ahead[:n])
+		}
+		return p.Next(dst)
 	case p.done:
 		return 0
 	case p.raw != nil:

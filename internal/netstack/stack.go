@@ -3,7 +3,8 @@
 // Outbound, the stack hands over TCP segments of up to about 60 KB; Output gets them as a [Packet] on the goroutine
 // that wrote, and [Packet.Next] cuts them into MTU-sized IP packets, copying and checksumming in one pass. Inbound, an
 // [Inbox] offers the space that the next packet is decrypted into and joins the in-order segments of one flow before
-// they reach the stack, whose cost is per packet and not per byte. Nothing is queued between the stack and Output.
+// they reach the stack, whose cost is per packet and not per byte. Nothing is queued between the stack and
+// Output, but for acknowledgements that wait for an answer to go with (ackTable).
 //
 // The package decides nothing about security: what may come in or go out is settled before [Inbox.Commit] and in
 // [Output].
@@ -155,6 +156,7 @@ func New(cfg Config) (*Stack, error) {
 	s.flusher.Flush = (*conn).flush
 	s.link = &link{mtu: uint32(cfg.MTU), out: cfg.Output}
 	s.link.windows.init(cfg.MaxBuffer)
+	s.link.acks.scale, s.link.acks.out = s.link.windows.scale, s.link.sendRaw
 	s.piece = int(s.link.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
 	s.gv = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
@@ -252,10 +254,7 @@ func (s *Stack) SendRaw(pkt []byte) bool {
 	if len(pkt) > s.cfg.MTU || !validIP(pkt) || s.life.Err() != nil {
 		return false
 	}
-	p := newPacket()
-	p.raw = pkt
-	s.link.out.WritePacket(p)
-	p.free()
+	s.link.sendRaw(pkt)
 	return true
 }
 
@@ -280,6 +279,7 @@ func (s *Stack) Close() {
 		k.abort()
 	}
 	s.flusher.Close()
+	s.link.acks.close()
 	s.endForwarding()
 	s.gv.Close() // half-open connections and those that linger after their Close
 	s.gv.Wait()
@@ -332,10 +332,9 @@ func (s *Stack) NumSockets() int {
 	return len(s.socks)
 }
 
-// ToListener reports whether a TCP packet from remote to local would go to a listener, because
-// there is no connection, established or on the way, between the two. It does not block but for
-// short locks, and does not allocate.
-func (s *Stack) ToListener(local, remote netip.AddrPort) bool {
+// Connected reports whether there is a connection, established or on the way, between local and remote, and if not, whether a TCP packet
+// from remote to local would go to a listener. It does not block but for short locks, and does not allocate.
+func (s *Stack) Connected(local, remote netip.AddrPort) (connected, listener bool) {
 	proto := ipv6.ProtocolNumber
 	if local.Addr().Is4() {
 		proto = ipv4.ProtocolNumber
@@ -345,7 +344,8 @@ func (s *Stack) ToListener(local, remote netip.AddrPort) bool {
 		RemotePort: remote.Port(), RemoteAddress: toGV(remote.Addr()),
 	}, nicID)
 	e, ok := ep.(*tcp.Endpoint)
-	return ok && e.EndpointState() == tcp.StateListen
+	listener = ok && e.EndpointState() == tcp.StateListen
+	return ok && !listener, listener
 }
 
 func toGV(a netip.Addr) tcpip.Address {

@@ -99,6 +99,7 @@ type conn struct {
 	ep            tcpip.Endpoint
 	wq            *waiter.Queue
 	local, remote netip.AddrPort
+	key           flowKey
 	closed        atomic.Bool
 
 	rd     side
@@ -117,8 +118,11 @@ type conn struct {
 	tight    bool   // the stack did not have room for everything
 	failed   bool   // nothing more can be sent
 	lastSend time.Time
+	again    bool // and before that less than burst earlier
 
 	waiting atomic.Bool // buf is not nil
+	reading atomic.Bool // the application waits for something to read
+	dialled bool
 }
 
 // moderateEvery is how many bytes are read, or written, before the size of the buffer is reconsidered: it takes locks
@@ -135,6 +139,7 @@ func (s *Stack) newConn(ep tcpip.Endpoint, wq *waiter.Queue) *conn {
 	if a, err := ep.GetRemoteAddress(); err == nil {
 		c.remote = netip.AddrPortFrom(fromGV(a.Addr), a.Port)
 	}
+	c.key = keyFor(flow{c.local, c.remote})
 	c.rgrow = grower{b: &s.budget, ep: ep, recv: true}
 	c.wgrow = grower{b: &s.budget, ep: ep}
 	c.rd.watch(wq, waiter.ReadableEvents)
@@ -155,8 +160,7 @@ func (c *conn) Read(b []byte) (int, error) {
 		if err != errWouldBlock {
 			return n, err
 		}
-		c.flush()
-		<-c.rd.ready
+		c.wait()
 	}
 }
 
@@ -190,6 +194,15 @@ func (c *conn) tryRead(b []byte) (int, error) {
 		return 0, io.EOF
 	}
 	return 0, c.fail("read", sysError(err, c.closed.Load()))
+}
+
+// wait waits until there may be something to read. What the peer may be waiting for goes first.
+func (c *conn) wait() {
+	c.flush()
+	c.s.link.acks.release(&c.key)
+	c.reading.Store(true)
+	<-c.rd.ready
+	c.reading.Store(false)
 }
 
 // moderate notes that n more bytes were read.
@@ -260,8 +273,7 @@ func (c *conn) passOn(w io.Writer) (int, error) {
 			break
 		}
 		copyBuffers.Put(b)
-		c.flush()
-		<-c.rd.ready
+		c.wait()
 	}
 	c.rd.mu.Unlock()
 	defer copyBuffers.Put(b)

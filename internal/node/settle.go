@@ -4,14 +4,12 @@ import (
 	"runtime"
 	"runtime/debug"
 	"time"
+
+	"github.com/tailnode/tailnode/internal/datapath"
 )
 
-const (
-	// settleAfter is how long the work that a large map makes may go on.
-	settleAfter = 2 * time.Second
-	// settleMax is the heap beyond which a process is left alone, the same as after bursts of traffic (datapath.Limits.KeepMemory).
-	settleMax = 64 << 20
-)
+// settleAfter is how long the work that a large map makes may go on.
+const settleAfter = 2 * time.Second
 
 // settle gives back what a large map took to decode, once. The runtime would do it with its next collection, but a node that idles
 // allocates next to nothing: the collection is minutes away, and until then the process is as large as it was for that moment.
@@ -30,7 +28,7 @@ func (n *Node) settle() {
 			return
 		}
 		var s runtime.MemStats
-		if runtime.ReadMemStats(&s); s.HeapAlloc <= settleMax {
+		if runtime.ReadMemStats(&s); s.HeapAlloc <= datapath.ReclaimHeap {
 			debug.FreeOSMemory()
 		}
 	})
