@@ -113,9 +113,7 @@ func (c *client) leave(next *client) {
 	c.peers, c.ctl = nil, nil
 	c.mu.Unlock()
 	for p := range peers {
-		p.mu.Lock()
-		delete(p.peers, c)
-		p.mu.Unlock()
+		p.forget(c)
 		if next != nil {
 			next.meet(p)
 			p.meet(next)
@@ -133,6 +131,13 @@ func (c *client) meet(p *client) {
 	if !c.closed && c.peers[p] == nil {
 		c.meetLocked(p)
 	}
+}
+
+// forget is the reverse of meet.
+func (c *client) forget(p *client) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.peers, p)
 }
 
 func (c *client) signalLocked() {
@@ -189,6 +194,12 @@ func (c *client) deliver(src *client, packet []byte) bool {
 	}
 	if met && src != c {
 		src.meet(c)
+		c.mu.Lock()
+		left := c.closed
+		c.mu.Unlock()
+		if left { // in between, and leave may have missed src
+			src.forget(c)
+		}
 	}
 	return true
 }

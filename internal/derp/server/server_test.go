@@ -184,9 +184,13 @@ func TestPeerGone(t *testing.T) {
 		// Its memory of the others is gone with it.
 		b.nc.Close()
 		<-b.err
+		synctest.Wait()
 		s.mu.RLock()
-		defer s.mu.RUnlock()
-		if n := len(s.byKey[c.pub].active.Load().peers); n != 0 {
+		last := s.byKey[c.pub].active.Load()
+		s.mu.RUnlock()
+		last.mu.Lock()
+		defer last.mu.Unlock()
+		if n := len(last.peers); n != 0 {
 			t.Errorf("%d departed peers remembered", n)
 		}
 	})
