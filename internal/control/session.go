@@ -263,11 +263,11 @@ func (s *Session) SetDiscoKey(k key.DiscoPublic) {
 // Nudge says that the network changed: a session that waits to try again does so at once, and
 // one that is connected finds out whether its connection still works. It does not block.
 func (s *Session) Nudge() {
-	signal(s.nudged)
 	s.client.AbortDial()
 	if s.polling.Load() {
 		s.client.Drop()
 	}
+	signal(s.nudged) // last: what begins for it is not to be ended by the above
 }
 
 // signal fills a channel of one place.

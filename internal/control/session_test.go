@@ -522,6 +522,7 @@ func TestSessionStream(t *testing.T) {
 		f.mu.Unlock()
 		s.SetDiscoKey(key.NewDisco().Public())
 		time.Sleep(10 * time.Second)
+		synctest.Wait()
 		if len(f.updates) != n+2 {
 			t.Errorf("%d updates after one that failed", len(f.updates)-n)
 		}

@@ -41,6 +41,9 @@ func (h *handler) AuthURL(url string) {
 	n.update(func(s *Status) {
 		fresh = url != "" && url != s.AuthURL
 		s.AuthURL = url
+		if url != "" {
+			s.State = NeedsLogin // now, for who is shown the URL may look at the state
+		}
 	})
 	if fresh && n.cfg.AuthURL != nil {
 		n.cfg.AuthURL(url)
