@@ -32,9 +32,6 @@ func controlDir(c *cli.Command) (string, error) {
 }
 
 func (a *app) controlCommand() *cli.Command {
-	dir := func() cli.Flag {
-		return &cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the server's database (default: one below the user's configuration directory)"}
-	}
 	return &cli.Command{
 		Name:  "control",
 		Usage: "run a coordination server, and administer it",
@@ -43,21 +40,22 @@ func (a *app) controlCommand() *cli.Command {
 			"tailnode control approve ID          lets in a node that shows a login URL\n\n" +
 			"The server is for trying, developing and a few machines of your own. Nodes need a relay\n" +
 			"to reach each other: --with-relay runs one here, --relays names those that run elsewhere.",
-		Flags: []cli.Flag{dir(),
-			&cli.StringFlag{Name: "addr", Value: "127.0.0.1:8080", Usage: "`ADDRESS` to listen on"},
-			&cli.StringFlag{Name: "url", Usage: "`URL` by which nodes reach the server, if not the address"},
-			&cli.StringFlag{Name: "domain", Usage: "`DOMAIN` of the nodes' names", Value: coord.DefaultDomain},
-			&cli.StringFlag{Name: "with-relay", Usage: "run a relay as well, on this TCP `ADDRESS`, such as 127.0.0.1:0"},
-			&cli.StringSliceFlag{Name: "relays", Usage: "JSON `FILE` with a region, as \"tailnode relay --json\" prints it; may be repeated"},
-			&cli.BoolFlag{Name: "approve-machines", Usage: "new nodes wait for \"tailnode control approve-node\""},
-			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "say on standard error what goes on"},
+		Flags: []cli.Flag{ // the first is the commands' too
+			&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the server's database (default: one below the user's configuration directory)"},
+			&cli.StringFlag{Local: true, Name: "addr", Value: "127.0.0.1:8080", Usage: "`ADDRESS` to listen on"},
+			&cli.StringFlag{Local: true, Name: "url", Usage: "`URL` by which nodes reach the server, if not the address"},
+			&cli.StringFlag{Local: true, Name: "domain", Usage: "`DOMAIN` of the nodes' names", Value: coord.DefaultDomain},
+			&cli.StringFlag{Local: true, Name: "with-relay", Usage: "run a relay as well, on this TCP `ADDRESS`, such as 127.0.0.1:0"},
+			&cli.StringSliceFlag{Local: true, Name: "relays", Usage: "JSON `FILE` with a region, as \"tailnode relay --json\" prints it; may be repeated"},
+			&cli.BoolFlag{Local: true, Name: "approve-machines", Usage: "new nodes wait for \"tailnode control approve-node\""},
+			&cli.BoolFlag{Local: true, Name: "verbose", Aliases: []string{"v"}, Usage: "say on standard error what goes on"},
 			jsonFlag(),
 		},
 		Action: a.runControl,
 		Commands: []*cli.Command{
-			a.authKeyCommand(dir()),
+			a.authKeyCommand(),
 			{
-				Name: "auth-keys", Usage: "list the auth keys", Flags: []cli.Flag{dir(), jsonFlag()},
+				Name: "auth-keys", Usage: "list the auth keys", Flags: []cli.Flag{jsonFlag()},
 				Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 					ks, err := ad.ListAuthKeys(ctx)
 					if err != nil || c.Bool("json") {
@@ -68,9 +66,9 @@ func (a *app) controlCommand() *cli.Command {
 					})
 				}),
 			},
-			a.oneArg("revoke", "KEY-ID", "revoke an auth key; its nodes stay", dir(), func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RevokeAuthKey(ctx, id) }),
+			a.oneArg("revoke", "KEY-ID", "revoke an auth key; its nodes stay", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RevokeAuthKey(ctx, id) }),
 			{
-				Name: "nodes", Usage: "list the nodes", Flags: []cli.Flag{dir(), jsonFlag()},
+				Name: "nodes", Usage: "list the nodes", Flags: []cli.Flag{jsonFlag()},
 				Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 					ns, err := ad.Nodes(ctx)
 					if err != nil || c.Bool("json") {
@@ -81,11 +79,11 @@ func (a *app) controlCommand() *cli.Command {
 					})
 				}),
 			},
-			a.oneArg("delete", "NODE", "remove a node", dir(), func(ctx context.Context, ad *coord.Admin, id string) error { return ad.DeleteNode(ctx, id) }),
-			a.oneArg("expire", "NODE", "make a node log in again", dir(), func(ctx context.Context, ad *coord.Admin, id string) error { return ad.ExpireNode(ctx, id) }),
-			a.oneArg("approve-node", "NODE", "approve a machine that waits for it", dir(), func(ctx context.Context, ad *coord.Admin, id string) error { return ad.ApproveNode(ctx, id) }),
+			a.oneArg("delete", "NODE", "remove a node", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.DeleteNode(ctx, id) }),
+			a.oneArg("expire", "NODE", "make a node log in again", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.ExpireNode(ctx, id) }),
+			a.oneArg("approve-node", "NODE", "approve a machine that waits for it", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.ApproveNode(ctx, id) }),
 			{
-				Name: "logins", Usage: "list the logins that wait for approval", Flags: []cli.Flag{dir(), jsonFlag()},
+				Name: "logins", Usage: "list the logins that wait for approval", Flags: []cli.Flag{jsonFlag()},
 				Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 					ls, err := ad.PendingLogins(ctx)
 					if err != nil || c.Bool("json") {
@@ -96,11 +94,11 @@ func (a *app) controlCommand() *cli.Command {
 					})
 				}),
 			},
-			a.oneArg("approve", "LOGIN", "let in a node that shows a login URL; LOGIN is the URL or its last part", dir(),
+			a.oneArg("approve", "LOGIN", "let in a node that shows a login URL; LOGIN is the URL or its last part",
 				func(ctx context.Context, ad *coord.Admin, id string) error {
 					return ad.ApproveLogin(ctx, id, coord.ApproveOptions{})
 				}),
-			a.oneArg("reject", "LOGIN", "refuse a login", dir(), func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RejectLogin(ctx, id) }),
+			a.oneArg("reject", "LOGIN", "refuse a login", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RejectLogin(ctx, id) }),
 		},
 	}
 }
@@ -173,10 +171,10 @@ func coordRegion(r relay.Region) coord.Region {
 	return out
 }
 
-func (a *app) authKeyCommand(dir cli.Flag) *cli.Command {
+func (a *app) authKeyCommand() *cli.Command {
 	return &cli.Command{
 		Name: "auth-key", Usage: "make an auth key and print it, once",
-		Flags: []cli.Flag{dir, jsonFlag(),
+		Flags: []cli.Flag{jsonFlag(),
 			&cli.BoolFlag{Name: "reusable", Usage: "for any number of nodes"},
 			&cli.BoolFlag{Name: "ephemeral", Usage: "its nodes are removed when they go away"},
 			&cli.StringSliceFlag{Name: "tag", Usage: "`tag:NAME` that its nodes get; may be repeated"},
@@ -220,9 +218,9 @@ func (a *app) admin(do func(context.Context, *cli.Command, *coord.Admin) error) 
 }
 
 // oneArg is an administrator's command with one argument and no answer.
-func (a *app) oneArg(name, arg, usage string, dir cli.Flag, do func(context.Context, *coord.Admin, string) error) *cli.Command {
+func (a *app) oneArg(name, arg, usage string, do func(context.Context, *coord.Admin, string) error) *cli.Command {
 	return &cli.Command{
-		Name: name, Usage: usage, ArgsUsage: arg, Flags: []cli.Flag{dir},
+		Name: name, Usage: usage, ArgsUsage: arg,
 		Action: func(ctx context.Context, c *cli.Command) error {
 			if c.NArg() != 1 {
 				return usagef("%s takes one argument: %s", name, arg)

@@ -269,7 +269,7 @@ func TestControl(t *testing.T) {
 	t.Setenv("TS_AUTHKEY", "")
 	node, stopNode := background(t, "up", "--dir", filepath.Join(dir, "n"), "--control-url", url, "--auth-key", strings.TrimSpace(key), "--hostname", "web")
 	node.await(t, "Ctrl-C")
-	code, list, errs := command(t, "", "control", "nodes", "--dir", dir)
+	code, list, errs := command(t, "", "control", "--dir", dir, "nodes") // the flag may stand before the command too
 	if code != 0 || !strings.Contains(list, "web") || !strings.Contains(list, "tag:web") || !strings.Contains(list, "online") {
 		t.Errorf("nodes: exit code %d: %s%s", code, list, errs)
 	}

@@ -31,7 +31,7 @@ func nodeFlags(more ...cli.Flag) []cli.Flag {
 	}, more...)
 }
 
-func jsonFlag() cli.Flag { return &cli.BoolFlag{Name: "json", Usage: "print JSON"} }
+func jsonFlag() cli.Flag { return &cli.BoolFlag{Name: "json", Usage: "print JSON", Local: true} }
 
 // stateDir returns the directory that the flags name.
 func stateDir(c *cli.Command) (string, error) {
