@@ -12,7 +12,8 @@ import (
 )
 
 // faces are the programs that do the same by each way into the node, as far as they are built: cabi/gobench, cabi/test/bench.c and
-// rust/tailnode/examples/bench.rs. Each runs on a tailnet of cabi/testnet, whose Go node is the other end, and prints one line.
+// rust/tailnode/examples/bench.rs. Each runs on a tailnet of cabi/testnet, whose Go node is the other end, and prints lines of
+// three columns: who, what with its unit, and the value.
 var faces = []struct {
 	name string
 	path []string // where it may be, from the root
@@ -22,16 +23,21 @@ var faces = []struct {
 	{"Go in process", []string{"cabi/build/gobench"}, "", "make -C cabi bench"},
 	{"C library, in process", []string{"cabi/build/test/bench"}, "TAILNODE_TEST_MODE=inprocess", "make -C cabi bench"},
 	{"C library, isolated", []string{"cabi/build/test/bench"}, "TAILNODE_TEST_MODE=isolated", "make -C cabi bench"},
-	{"Rust crate", []string{"rust/target/release/examples/bench"}, "", "cd rust && cargo build --release -p tailnode --example bench"},
+	{"Rust crate, in process", []string{"rust/target/release/examples/bench"}, "TAILNODE_TEST_MODE=inprocess", rustBench},
+	{"Rust crate, isolated", []string{"rust/target/release/examples/bench"}, "TAILNODE_TEST_MODE=isolated", rustBench},
 }
 
-// faceRows are what such a line has, by the word before the number.
+const rustBench = "cd rust && cargo build --release -p tailnode --example bench"
+
+// faceRows are those of the values that become rows here.
 var faceRows = []struct {
-	word, name, unit string
+	what, name, unit string
 	more             bool
 }{
-	{"send", "send", "Gbit/s", true}, {"receive", "receive", "Gbit/s", true}, {"p50", "round trip, p50", "µs", false},
-	{"connections", "connections", "1/s", true},
+	{"send, Gbit/s", "send", "Gbit/s", true},
+	{"receive, Gbit/s", "receive", "Gbit/s", true},
+	{"round trip of 1 byte, p50, us", "round trip, p50", "µs", false},
+	{"dialled, accepted and closed, 1/s", "connections", "1/s", true},
 }
 
 // measureFaces compares the C library and the Rust crate with Go in process. Upstream has nothing to be compared with here.
@@ -60,13 +66,14 @@ func measureFaces(r *round) error {
 			continue
 		}
 		for _, w := range faceRows {
-			v, ok := got[w.word]
+			v, ok := got[w.what]
 			switch {
 			case !ok:
+				r.fail(ours, fmt.Errorf("%s: says nothing of %q", f.name, w.what))
 			case base == nil:
 				r.addAs(ours, row{name: f.name + ": " + w.name, unit: w.unit, more: w.more}, v)
-			case base[w.word] > 0:
-				r.addAs(ours, row{name: f.name + ": " + w.name + ", by Go's", more: w.more}, v/base[w.word])
+			case base[w.what] > 0:
+				r.addAs(ours, row{name: f.name + ": " + w.name + ", by Go's", more: w.more}, v/base[w.what])
 			}
 		}
 		if base == nil {
@@ -76,7 +83,7 @@ func measureFaces(r *round) error {
 	return nil
 }
 
-// face runs a program and returns its numbers by the word before them.
+// face runs a program and returns its values by what they are of.
 func face(ctx context.Context, testnet string, paths []string, env, size string) (map[string]float64, error) {
 	prog, err := filepath.Abs(filepath.Join(append([]string{".."}, paths...)...))
 	if err != nil {
@@ -86,7 +93,8 @@ func face(ctx context.Context, testnet string, paths []string, env, size string)
 		return nil, err
 	}
 	cmd := exec.CommandContext(ctx, testnet, prog, size)
-	cmd.Env = append(os.Environ(), "TAILNODE_TEST_BUILD="+filepath.Dir(testnet), "LD_LIBRARY_PATH="+filepath.Dir(testnet))
+	build := filepath.Dir(testnet)
+	cmd.Env = append(os.Environ(), "TAILNODE_TEST_BUILD="+build, "LD_LIBRARY_PATH="+build, "TAILNODE_HELPER="+filepath.Join(build, "tailnode-helper"))
 	if env != "" {
 		cmd.Env = append(cmd.Env, env)
 	}
@@ -97,10 +105,11 @@ func face(ctx context.Context, testnet string, paths []string, env, size string)
 		return nil, fmt.Errorf("%w: %s", err, errs.String())
 	}
 	got := map[string]float64{}
-	f := strings.Fields(string(out))
-	for i := range len(f) - 1 {
-		if v, err := strconv.ParseFloat(strings.TrimSuffix(f[i+1], "/s"), 64); err == nil {
-			got[f[i]] = v
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Split(strings.TrimSpace(line), "\t"); len(f) == 3 {
+			if v, err := strconv.ParseFloat(f[2], 64); err == nil {
+				got[f[1]] = v
+			}
 		}
 	}
 	return got, nil

@@ -47,7 +47,7 @@ var measures = []*measure{
 	{"close", "Close with thousands of connections, and what it gives back", eachSide, [2]int{2, 1}, secs(90, 45), measureClose},
 	{"relay", "packets forwarded by either relay between either side's relay clients, without nodes", alone, [2]int{2, 1}, secs(40, 20), measureRelay},
 	{"coord", "light nodes that join our coordination server and upstream's test server, and a change that reaches all", alone, [2]int{1, 1}, secs(100, 45), measureCoord},
-	{"faces", "the C library and the Rust crate beside Go in process; needs them built", alone, [2]int{1, 1}, secs(90, 70), measureFaces},
+	{"faces", "the C library and the Rust crate beside Go in process; needs them built", alone, [2]int{3, 1}, secs(90, 70), measureFaces},
 }
 
 func secs(full, quick int) [2]time.Duration {
