@@ -83,6 +83,26 @@ func (tn *tailnet) up(name string) *tailnode.Server {
 	return s
 }
 
+// until waits for ok, which it asks again at every change of the node's state or netmap.
+func until(t *testing.T, lc *tailnode.LocalClient, what string, ok func() bool) {
+	t.Helper()
+	ctx := withTimeout(t, 30*time.Second)
+	for {
+		changed, err := lc.Changed()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok() {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatalf("never came: %s", what)
+		}
+	}
+}
+
 func withTimeout(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)

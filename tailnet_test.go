@@ -16,11 +16,11 @@ import (
 
 func TestDialErrors(t *testing.T) {
 	tn := newTailnet(t)
-	a, b := tn.up("alpha"), tn.up("beta")
-	ip4, _ := b.TailscaleIPs()
 	if err := tn.coord.SetFilter(&coord.Filter{Rules: []coord.FilterRule{{Src: []string{"*"}, Dst: []string{"*"}, Ports: []string{"1-99"}}}}); err != nil {
 		t.Fatal(err)
 	}
+	a, b := tn.up("alpha"), tn.up("beta")
+	ip4, _ := b.TailscaleIPs()
 	for _, c := range []struct {
 		network, addr string
 		code          tailnode.Code
@@ -144,6 +144,11 @@ func TestWhoIs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ip4, _ := a.TailscaleIPs()
+	until(t, lc, "beta has the grant", func() bool {
+		who, err := lc.WhoIs(t.Context(), ip4.String())
+		return err == nil && len(who.CapMap[grant]) > 0
+	})
 	ln, err := b.Listen("tcp", ":80")
 	if err != nil {
 		t.Fatal(err)
@@ -219,16 +224,13 @@ func TestKeyExpiry(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The node logs in again by its auth key, with a new node key and the old addresses.
-	ctx := withTimeout(t, 30*time.Second)
-	for {
-		st, err := old.Status(ctx)
+	until(t, old, "alpha has a new key", func() bool {
+		st, err := old.Status(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if st.Self.PublicKey != before.Self.PublicKey && st.BackendState == "Running" && st.TailscaleIPs[0] == before.TailscaleIPs[0] {
-			break
-		}
-	}
+		return st.Self.PublicKey != before.Self.PublicKey && st.BackendState == "Running" && st.TailscaleIPs[0] == before.TailscaleIPs[0]
+	})
 	ln, err := a.Listen("tcp", ":80")
 	if err != nil {
 		t.Fatal(err)
@@ -239,7 +241,7 @@ func TestKeyExpiry(t *testing.T) {
 			c.Close()
 		}
 	}()
-	c, err := b.Dial(ctx, "tcp", "alpha:80")
+	c, err := b.Dial(withTimeout(t, 30*time.Second), "tcp", "alpha:80")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -121,9 +121,8 @@ func TestExpiryAndLogin(t *testing.T) {
 		st, err := lc.Status(ctx(t))
 		return err == nil && st.BackendState == "NeedsLogin"
 	})
-	if p := peerOf(t, b, "alpha"); p == nil || !p.Expired {
-		t.Errorf("beta sees alpha as %+v", p)
-	}
+	// Each node hears of it on a stream of its own.
+	waitFor(t, "beta sees alpha expired", func() bool { p := peerOf(t, b, "alpha"); return p != nil && p.Expired })
 	if err := lc.StartLoginInteractive(ctx(t)); err != nil {
 		t.Fatal(err)
 	}

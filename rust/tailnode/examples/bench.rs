@@ -104,11 +104,15 @@ async fn main() -> Result<()> {
     let (send, receive, rtt) = (send(&a, total).await?, receive(&a, total).await?, trips(&a).await?);
     let b = up("rbenchb").await?;
     let rate = connections(&a, &b).await?;
-    println!(
-        "Rust          send {send:5.2} Gbit/s  receive {receive:5.2} Gbit/s  rtt p50 {:5.1} p99 {:6.1} us  connections {rate:5.0}/s",
-        rtt[TRIPS / 2],
-        rtt[TRIPS * 99 / 100],
-    );
+    for (row, value) in [
+        ("send, Gbit/s", send),
+        ("receive, Gbit/s", receive),
+        ("round trip of 1 byte, p50, us", rtt[TRIPS / 2]),
+        ("round trip of 1 byte, p99, us", rtt[TRIPS * 99 / 100]),
+        ("dialled, accepted and closed, 1/s", rate),
+    ] {
+        println!("Rust\t{row}\t{value:.2}");
+    }
     a.close().await?;
     b.close().await?;
     Ok(())

@@ -95,8 +95,10 @@ fn at_every_await() {
             let _ = give_up(builder("rcancelc").up(), polls).await;
         }
         until("the descriptors are gone", || descriptors() <= open).await;
-        // Closing that is given up goes on.
-        assert!(give_up(b.close(), 1).await.is_none());
+        // Closing that is given up goes on, if it was not quick enough to be done.
+        if let Some(done) = give_up(b.close(), 1).await {
+            done.unwrap();
+        }
         while listener.accept().await.is_ok() {}
         a.close().await.unwrap();
     }));
