@@ -6,13 +6,13 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -374,18 +374,17 @@ func TestListenAndServeEndsWithItsContext(t *testing.T) {
 }
 
 func TestShutdownDuringListenAndServe(t *testing.T) {
-	s := &Server{Addr: "127.0.0.1:0"}
 	done := make(chan error, 1)
 	started := make(chan struct{})
-	s.Admit = func(context.Context, NodeKey, netip.Addr) error { close(started); return nil }
-	if err := s.Start(t.Context()); err != nil {
-		t.Fatal(err)
+	s := &Server{Addr: "127.0.0.1:0", Admit: func(context.Context, NodeKey, netip.Addr) error { close(started); return nil }}
+	go func() { done <- s.ListenAndServe(t.Context()) }()
+	for tcp, _ := s.Addrs(); tcp == nil; tcp, _ = s.Addrs() {
+		if len(done) > 0 {
+			t.Fatal(<-done)
+		}
+		runtime.Gosched()
 	}
 	m := derpMap(s, 1)
-	s.Close()
-	s = &Server{Addr: net.JoinHostPort("127.0.0.1", fmt.Sprint(m.Regions[1].Nodes[0].DERPPort)), Admit: s.Admit}
-	m.Regions[1].Nodes[0].CertName, m.Regions[1].Nodes[0].InsecureForTests = "", true
-	go func() { done <- s.ListenAndServe(t.Context()) }()
 	_, _, h := join(t, m)
 	within(t, "client", started)
 	h.waitState(t, true)

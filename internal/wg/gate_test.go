@@ -3,6 +3,7 @@ package wg
 import (
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -90,53 +91,55 @@ func TestGate(t *testing.T) {
 }
 
 func TestCookies(t *testing.T) {
-	d := newDevice(t, nil)
-	id := d.id.Load()
-	refresh := defaultTiming.cookieRefresh
-	msg := make([]byte, sizeInitiation)
-	mac1 := putMACs(msg, &id.pub, nil)
-	if !id.checkMAC1(msg) {
-		t.Fatal("mac1")
-	}
-	var c cookieMaker
-	src := []byte("192.0.2.1:1")
-	now := int64(time.Hour)
-	var out [sizeCookie]byte
-	c.reply(&out, id, msg, src, now, refresh)
-	cookie, err := openCookie(&out, &id.pub, &mac1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	putMACs(msg, &id.pub, &cookie)
-	for _, tc := range []struct {
-		name string
-		src  string
-		at   time.Duration
-		want bool
-	}{
-		{"at once", "192.0.2.1:1", 0, true},
-		{"another port", "192.0.2.1:2", 0, false},
-		{"another address", "192.0.2.2:1", 0, false},
-		{"as long as it is used", "192.0.2.1:1", 119 * time.Second, true},
-		{"after its secret changed", "192.0.2.1:1", 121 * time.Second, true},
-		{"after two changes", "192.0.2.1:1", 242 * time.Second, false},
-	} {
-		if got := c.checkMAC2(msg, []byte(tc.src), now+int64(tc.at), refresh); got != tc.want {
-			t.Errorf("%s: %v", tc.name, got)
+	synctest.Test(t, func(t *testing.T) {
+		d := newDevice(t, nil)
+		id := d.id.Load()
+		refresh := defaultTiming.cookieRefresh
+		msg := make([]byte, sizeInitiation)
+		mac1 := putMACs(msg, &id.pub, nil)
+		if !id.checkMAC1(msg) {
+			t.Fatal("mac1")
 		}
-	}
-	for i := range out {
-		bad := out
-		bad[i] ^= 1
-		if _, err := openCookie(&bad, &id.pub, &mac1); (err == nil) != (i < 8) {
-			t.Errorf("byte %d changed: %v", i, err)
+		var c cookieMaker
+		src := []byte("192.0.2.1:1")
+		now := int64(time.Hour)
+		var out [sizeCookie]byte
+		c.reply(&out, id, msg, src, now, refresh)
+		cookie, err := openCookie(&out, &id.pub, &mac1)
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	other := mac1
-	other[0] ^= 1
-	if _, err := openCookie(&out, &id.pub, &other); err == nil {
-		t.Error("a reply to another message was taken")
-	}
+		putMACs(msg, &id.pub, &cookie)
+		for _, tc := range []struct {
+			name string
+			src  string
+			at   time.Duration
+			want bool
+		}{
+			{"at once", "192.0.2.1:1", 0, true},
+			{"another port", "192.0.2.1:2", 0, false},
+			{"another address", "192.0.2.2:1", 0, false},
+			{"as long as it is used", "192.0.2.1:1", 119 * time.Second, true},
+			{"after its secret changed", "192.0.2.1:1", 121 * time.Second, true},
+			{"after two changes", "192.0.2.1:1", 242 * time.Second, false},
+		} {
+			if got := c.checkMAC2(msg, []byte(tc.src), now+int64(tc.at), refresh); got != tc.want {
+				t.Errorf("%s: %v", tc.name, got)
+			}
+		}
+		for i := range out {
+			bad := out
+			bad[i] ^= 1
+			if _, err := openCookie(&bad, &id.pub, &mac1); (err == nil) != (i < 8) {
+				t.Errorf("byte %d changed: %v", i, err)
+			}
+		}
+		other := mac1
+		other[0] ^= 1
+		if _, err := openCookie(&out, &id.pub, &other); err == nil {
+			t.Error("a reply to another message was taken")
+		}
+	})
 }
 
 func TestStamps(t *testing.T) {

@@ -434,21 +434,23 @@ func TestStagingBounds(t *testing.T) {
 
 // TestStagedInOrder: what was staged leaves before what is sent later.
 func TestStagedInOrder(t *testing.T) {
-	a, b := newPair(t, nil)
-	a.peer.Send(src(ip4(100, 1), ip4(100, 2)))
-	b.give(t, a.out.take()...)
-	a.peer.Send(src(ip4(200, 3)))
-	a.give(t, b.out.take()...)
-	a.peer.Send(src(ip4(100, 4)))
-	got := b.give(t, a.out.take()...)
-	if len(got) != 4 {
-		t.Fatalf("%d packets", len(got))
-	}
-	for i, p := range got {
-		if !bytes.Equal(p, ip4(len(p), uint32(i+1))) {
-			t.Errorf("packet %d is out of order", i+1)
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newPair(t, nil)
+		a.peer.Send(src(ip4(100, 1), ip4(100, 2)))
+		b.give(t, a.out.take()...)
+		a.peer.Send(src(ip4(200, 3)))
+		a.give(t, b.out.take()...)
+		a.peer.Send(src(ip4(100, 4)))
+		got := b.give(t, a.out.take()...)
+		if len(got) != 4 {
+			t.Fatalf("%d packets", len(got))
 		}
-	}
+		for i, p := range got {
+			if !bytes.Equal(p, ip4(len(p), uint32(i+1))) {
+				t.Errorf("packet %d is out of order", i+1)
+			}
+		}
+	})
 }
 
 func TestPersistentKeepalive(t *testing.T) {

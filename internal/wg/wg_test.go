@@ -6,6 +6,7 @@ import (
 	"errors"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"go.uber.org/goleak"
 
@@ -100,7 +101,8 @@ func newDevice(t testing.TB, mod func(*Config)) *Device {
 }
 
 // newPair returns two devices that know each other, with nothing between them but what the
-// test carries over.
+// test carries over. In a synctest bubble no time passes meanwhile; outside of one a slow machine
+// has a handshake begun anew before the test has carried the first over.
 func newPair(t testing.TB, mod func(*Config)) (a, b *end) {
 	t.Helper()
 	a = &end{dev: newDevice(t, mod), out: new(wire)}
@@ -148,65 +150,71 @@ func connect(t testing.TB, a, b *end) {
 }
 
 func TestHandshakeAndData(t *testing.T) {
-	a, b := newPair(t, nil)
-	first := ip4(100, 1)
-	if err := a.peer.Send(src(first)); err != nil {
-		t.Fatal(err)
-	}
-	init := a.out.take()
-	if len(init) != 1 || len(init[0]) != 148 {
-		t.Fatalf("want one initiation, got %d messages", len(init))
-	}
-	b.give(t, init...)
-	resp := b.out.take()
-	if len(resp) != 1 || len(resp[0]) != 92 {
-		t.Fatalf("want one response, got %d messages", len(resp))
-	}
-	if b.peer.HasSession() {
-		t.Error("the responder may not send before it has heard")
-	}
-	a.give(t, resp...)
-	if got := b.give(t, a.out.take()...); len(got) != 1 || !bytes.Equal(got[0], first) {
-		t.Fatalf("staged packet did not arrive: %x", got)
-	}
-	for _, pkt := range [][]byte{ip4(24, 2), ip4(1280, 3), ip6(40), ip6(1279)} {
-		b.peer.Send(src(pkt))
-		if got := a.give(t, b.out.take()...); len(got) != 1 || !bytes.Equal(got[0], pkt) {
-			t.Errorf("%d bytes did not arrive whole", len(pkt))
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newPair(t, nil)
+		first := ip4(100, 1)
+		if err := a.peer.Send(src(first)); err != nil {
+			t.Fatal(err)
 		}
-	}
+		init := a.out.take()
+		if len(init) != 1 || len(init[0]) != 148 {
+			t.Fatalf("want one initiation, got %d messages", len(init))
+		}
+		b.give(t, init...)
+		resp := b.out.take()
+		if len(resp) != 1 || len(resp[0]) != 92 {
+			t.Fatalf("want one response, got %d messages", len(resp))
+		}
+		if b.peer.HasSession() {
+			t.Error("the responder may not send before it has heard")
+		}
+		a.give(t, resp...)
+		if got := b.give(t, a.out.take()...); len(got) != 1 || !bytes.Equal(got[0], first) {
+			t.Fatalf("staged packet did not arrive: %x", got)
+		}
+		for _, pkt := range [][]byte{ip4(24, 2), ip4(1280, 3), ip6(40), ip6(1279)} {
+			b.peer.Send(src(pkt))
+			if got := a.give(t, b.out.take()...); len(got) != 1 || !bytes.Equal(got[0], pkt) {
+				t.Errorf("%d bytes did not arrive whole", len(pkt))
+			}
+		}
+	})
 }
 
 func TestReplayAndForgery(t *testing.T) {
-	a, b := newPair(t, nil)
-	connect(t, a, b)
-	a.peer.Send(src(ip4(100, 1)))
-	m := a.out.take()[0]
-	bad := bytes.Clone(m)
-	bad[40] ^= 1
-	if _, _, err := b.dev.Receive(nil, bad, nil); !errors.Is(err, ErrAuth) {
-		t.Errorf("forged: %v", err)
-	}
-	again := bytes.Clone(m)
-	b.give(t, m)
-	if _, _, err := b.dev.Receive(nil, again, nil); !errors.Is(err, ErrReplay) {
-		t.Errorf("replayed: %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newPair(t, nil)
+		connect(t, a, b)
+		a.peer.Send(src(ip4(100, 1)))
+		m := a.out.take()[0]
+		bad := bytes.Clone(m)
+		bad[40] ^= 1
+		if _, _, err := b.dev.Receive(nil, bad, nil); !errors.Is(err, ErrAuth) {
+			t.Errorf("forged: %v", err)
+		}
+		again := bytes.Clone(m)
+		b.give(t, m)
+		if _, _, err := b.dev.Receive(nil, again, nil); !errors.Is(err, ErrReplay) {
+			t.Errorf("replayed: %v", err)
+		}
+	})
 }
 
 func TestWipe(t *testing.T) {
-	if !canWipe {
-		t.Fatal("the cipher's layout has changed: session keys are not wiped")
-	}
-	a, b := newPair(t, nil)
-	connect(t, a, b)
-	s := a.peer.current.Load()
-	seal := func() []byte { return s.send.Seal(nil, zeroNonce[:], []byte("x"), nil) }
-	before := seal()
-	a.peer.Remove()
-	after := seal()
-	zero := newAEAD(new([32]byte)).Seal(nil, zeroNonce[:], []byte("x"), nil)
-	if bytes.Equal(before, after) || !bytes.Equal(after, zero) {
-		t.Error("the key outlived its session")
-	}
+	synctest.Test(t, func(t *testing.T) {
+		if !canWipe {
+			t.Fatal("the cipher's layout has changed: session keys are not wiped")
+		}
+		a, b := newPair(t, nil)
+		connect(t, a, b)
+		s := a.peer.current.Load()
+		seal := func() []byte { return s.send.Seal(nil, zeroNonce[:], []byte("x"), nil) }
+		before := seal()
+		a.peer.Remove()
+		after := seal()
+		zero := newAEAD(new([32]byte)).Seal(nil, zeroNonce[:], []byte("x"), nil)
+		if bytes.Equal(before, after) || !bytes.Equal(after, zero) {
+			t.Error("the key outlived its session")
+		}
+	})
 }
