@@ -713,8 +713,8 @@ func TestBurst(t *testing.T) {
 		var wg sync.WaitGroup
 		for range dials {
 			wg.Go(func() {
-				// A SYN that is sent again after a second, before the answer to the first has come, may get a second answer, of the
-				// other kind than the first (with and without a cookie); then the acknowledgement of the first is one of nothing.
+				// A SYN that is sent again, after a second without an answer, gets a second one, which is acknowledged by a number past the
+				// data that is on its way: if there was no room for the connection yet, gVisor's listener takes that for a bad cookie.
 				err := once()
 				for tries := 1; errors.Is(err, syscall.ECONNRESET) && tries < 5; tries++ {
 					err = once()
