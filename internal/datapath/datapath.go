@@ -173,7 +173,8 @@ func (e *Engine) SetNetmap(m *netmap.Map, ch netmap.Change) error {
 	if e.closed {
 		return errClosed
 	}
-	first := e.netmap.Load() == nil
+	was := e.netmap.Load()
+	first := was == nil
 	if first || ch.Filter || ch.Self {
 		e.setFilter(m)
 	}
@@ -186,7 +187,7 @@ func (e *Engine) SetNetmap(m *netmap.Map, ch netmap.Change) error {
 		t.relays.SetMap(m.DERPMap)
 		e.kickSTUN()
 	}
-	t.setPeers(m, ch, first)
+	t.setPeers(was, m, ch)
 	e.peerRelays.update(m, ch, first)
 	return nil
 }
@@ -227,7 +228,7 @@ func (e *Engine) SetNodeKey(k key.NodePrivate) error {
 	}
 	if m := e.netmap.Load(); m != nil {
 		t.relays.SetMap(m.DERPMap)
-		t.setPeers(m, netmap.Change{}, true)
+		t.setPeers(nil, m, netmap.Change{})
 		e.peerRelays.tell(t)
 		t.relays.SetHome(e.Home())
 	}

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/tailnode/tailnode/internal/filter"
+	"github.com/tailnode/tailnode/internal/netmap"
 	"github.com/tailnode/tailnode/internal/netstack"
 	"github.com/tailnode/tailnode/internal/packet"
 	"github.com/tailnode/tailnode/internal/path"
@@ -94,6 +95,9 @@ func (s *sink) packet(p *peer, b []byte) {
 		e.rejected(p, h, dst)
 		return
 	}
+	if v == filter.AcceptICMP && h.IsICMPError() && !credible(m, n, h) {
+		return
+	}
 	stray := false
 	if v == filter.AcceptTCP {
 		switch connected, listener := s.connected(h); {
@@ -113,4 +117,22 @@ func (s *sink) packet(p *peer, b []byte) {
 	} else {
 		s.inbox.Commit(b)
 	}
+}
+
+// leastMTU is the least MTU of a path that is believed: RFC 8200 §5 has no lower one, and of IPv4 there is none as low as what all must take
+// (RFC 791). With a lower one the stack would send a packet for every few bytes, without an end.
+const (
+	leastMTU4 = 576
+	leastMTU6 = 1280
+)
+
+// credible reports whether an ICMP error of n is about a packet that went to n or through it, as it says: the stack would apply it to whatever
+// connection it names, and so would let any peer slow down or end those with others.
+func credible(m *netmap.Map, n *netmap.Node, h *packet.Parsed) bool {
+	to, mtu, ok := h.Failed()
+	least := leastMTU4
+	if h.Version == 6 {
+		least = leastMTU6
+	}
+	return ok && m.Route(to) == n && (mtu < 0 || mtu >= least)
 }

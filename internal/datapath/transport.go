@@ -132,9 +132,9 @@ func (t *transport) peer(pub key.NodePublic) *peer {
 	return p
 }
 
-// setPeers brings paths and WireGuard in line with m.
-func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
-	if all {
+// setPeers brings paths and WireGuard in line with m, which differs from was by ch; nil: they know of nobody yet.
+func (t *transport) setPeers(was, m *netmap.Map, ch netmap.Change) {
+	if was == nil {
 		for n := range m.All() {
 			t.upsert(n)
 			t.restarted(n)
@@ -146,9 +146,14 @@ func (t *transport) setPeers(m *netmap.Map, ch netmap.Change, all bool) {
 		t.remove(n.Key)
 	}
 	for _, n := range ch.Changed {
-		was := t.paths.Path(n.Key)
+		if old := was.PeerByID(n.ID); old != nil && old.Key != n.Key && m.PeerByKey(old.Key) == nil {
+			t.remove(old.Key) // it has logged in again
+		}
+	}
+	for _, n := range ch.Changed {
+		before := t.paths.Path(n.Key)
 		t.upsert(n)
-		if now := t.paths.Path(n.Key); now.Region != was.Region || now.Addr != was.Addr {
+		if now := t.paths.Path(n.Key); now.Region != before.Region || now.Addr != before.Addr {
 			if p := t.known(n.Key); p != nil {
 				p.wg.Alive(0) // there is a new way to it
 			}

@@ -96,7 +96,7 @@ func (f *Flows) use(w flow, add bool) bool {
 		}
 		s.clock = 2
 	}
-	set := s.slots[int(h/shards)%f.sets*ways:][:ways]
+	set := s.slots[int(h/shards%uint64(f.sets))*ways:][:ways]
 	oldest := &set[0]
 	for i := range set {
 		if set[i].used != 0 && set[i].flow == w {

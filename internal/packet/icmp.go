@@ -1,10 +1,14 @@
 package packet
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"net/netip"
+)
 
 const (
 	icmp4EchoReply    = 0
 	icmp4Unreachable  = 3
+	icmp4FragNeeded   = 4 // a code of icmp4Unreachable
 	icmp4EchoRequest  = 8
 	icmp4TimeExceeded = 11
 	icmp4ParamProblem = 12
@@ -88,4 +92,25 @@ func (p *Parsed) IsICMPError() bool {
 		return t == icmp4Unreachable || t == icmp4TimeExceeded || t == icmp4ParamProblem
 	}
 	return t == icmp6Unreachable || t == icmp6PacketTooBig || t == icmp6TimeExceeded || t == icmp6ParamProblem
+}
+
+// Failed returns where the packet that an ICMP error is about was sent, and the MTU of the path there if that is what the error tells
+// (RFC 1191 §4, RFC 4443 §3.2), -1 otherwise. ok is false if the packet is no ICMP error, or has too little of that packet.
+func (p *Parsed) Failed() (dst netip.Addr, mtu int, ok bool) {
+	b := p.Payload()
+	if !p.IsICMPError() || p.Version == 4 && len(b) < 20 || p.Version == 6 && len(b) < 40 {
+		return netip.Addr{}, 0, false
+	}
+	typ, code, _ := p.icmp()
+	mtu = -1
+	if p.Version == 6 {
+		if typ == icmp6PacketTooBig {
+			mtu = int(min(binary.BigEndian.Uint32(p.Transport()[4:]), 1<<16))
+		}
+		return netip.AddrFrom16([16]byte(b[24:40])), mtu, true
+	}
+	if typ == icmp4Unreachable && code == icmp4FragNeeded {
+		mtu = int(binary.BigEndian.Uint16(p.Transport()[6:]))
+	}
+	return netip.AddrFrom4([4]byte(b[16:20])), mtu, true
 }
