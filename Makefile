@@ -105,3 +105,7 @@ vuln: ## Known vulnerabilities, where the database can be reached.
 .PHONY: cross
 cross: ## Build the module for every system of CROSS.
 	@for t in $(CROSS); do echo "== build $$t"; CGO_ENABLED=0 GOOS=$${t%/*} GOARCH=$${t#*/} $(GO) build ./...; done
+
+.PHONY: test-32bit
+test-32bit: ## The tests of what counts in bytes and bits from outside, as a 32-bit program; needs an amd64 Linux.
+	GOARCH=386 CGO_ENABLED=0 $(GO) test -short -timeout $(TESTTIMEOUT) $(addprefix ./internal/,derp disco dns filter lpm noise packet path stun tailcfg udp wg)
