@@ -2,9 +2,15 @@ package client
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"slices"
 	"strings"
 	"sync"
@@ -647,6 +653,51 @@ func TestTargets(t *testing.T) {
 	} {
 		if got := targetOf(&Options{PlainHTTP: tt.plain}, tt.node); got != tt.want {
 			t.Errorf("%+v: got %+v, want %+v", tt.node, got, tt.want)
+		}
+	}
+}
+
+// TestPinIsOfTheLeaf: the handshake proves possession of the first certificate's key only, whatever that is named.
+func TestPinIsOfTheLeaf(t *testing.T) {
+	_, priv, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := func(cn string, age time.Duration) *x509.Certificate {
+		tmpl := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: cn}, DNSNames: []string{"relay.test"},
+			NotBefore: time.Now().Add(-age - time.Hour), NotAfter: time.Now().Add(-age + time.Hour)}
+		der, err := x509.CreateCertificate(nil, tmpl, tmpl, priv.Public(), priv)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	meta := cert(derp.MetaCertPrefix+strings.Repeat("ab", 32), 0)
+	pinned, other, old := cert("relay.test", 0), cert("other", 0), cert("relay.test", 2*time.Hour)
+	for name, tt := range map[string]struct {
+		pin   *x509.Certificate
+		chain []*x509.Certificate
+		ok    bool
+	}{
+		"alone":                     {pinned, []*x509.Certificate{pinned}, true},
+		"with meta certificate":     {pinned, []*x509.Certificate{pinned, meta}, true},
+		"named as meta certificate": {meta, []*x509.Certificate{meta}, true},
+		"after a meta certificate":  {pinned, []*x509.Certificate{meta, pinned}, false},
+		"after another":             {pinned, []*x509.Certificate{other, pinned}, false},
+		"before another":            {pinned, []*x509.Certificate{pinned, other}, false},
+		"only a meta certificate":   {pinned, []*x509.Certificate{meta}, false},
+		"out of date":               {old, []*x509.Certificate{old}, false},
+		"none":                      {pinned, nil, false},
+	} {
+		n := &tailcfg.DERPNode{HostName: "relay.test", CertName: fmt.Sprintf("sha256-raw:%x", sha256.Sum256(tt.pin.Raw))}
+		conf := tlsConfig(&Options{}, n, target{host: "relay.test"})
+		err := conf.VerifyConnection(tls.ConnectionState{PeerCertificates: tt.chain})
+		if tt.ok != (err == nil) || err != nil && !errors.Is(err, ErrPin) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

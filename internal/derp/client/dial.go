@@ -263,11 +263,12 @@ func tlsConfig(o *Options, n *tailcfg.DERPNode, t target) *tls.Config {
 }
 
 // verifyPin accepts exactly one certificate besides the meta certificate: the pinned one,
-// in date, and made for the host.
+// in date, and made for the host. The first is never taken for a meta certificate: the handshake
+// proves the key of that one alone.
 func verifyPin(cs tls.ConnectionState, pin, host string) error {
 	var leaf *x509.Certificate
-	for _, c := range cs.PeerCertificates {
-		if strings.HasPrefix(c.Subject.CommonName, derp.MetaCertPrefix) {
+	for i, c := range cs.PeerCertificates {
+		if i > 0 && strings.HasPrefix(c.Subject.CommonName, derp.MetaCertPrefix) {
 			continue
 		}
 		if leaf != nil {
