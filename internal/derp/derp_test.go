@@ -10,6 +10,7 @@ import (
 	"math/big"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -278,6 +279,121 @@ func TestQueueTrim(t *testing.T) {
 	}
 }
 
+// TestQueueHoldsWhatIsLive: frames that stay must not keep the memory of those that are dropped around them.
+func TestQueueHoldsWhatIsLive(t *testing.T) {
+	big := make([]byte, MaxPacket-100)
+	for _, tt := range []struct {
+		name  string
+		every int // of the busy flow's frames: then comes one of another flow
+		size  int // of those
+	}{
+		{"one at the head", 4000, 1},
+		{"one in each chunk", 2, 1},
+		{"one in each chunk's neighbour", 1, 100},
+	} {
+		q := Queue{MaxBytes: 512 << 10, MaxFrames: 2048}
+		var busy Flow
+		want := 0
+		for i := range 4000 {
+			if i%tt.every == 0 && want < 1000 {
+				q.Push(RecvPacket, named('c'), make([]byte, tt.size), new(Flow))
+				want++
+			}
+			p := big
+			if tt.every == 2 { // two fill a chunk but for a little
+				p = big[:len(big)/2-100]
+			}
+			q.Push(RecvPacket, named('b'), p, &busy)
+			held := 0
+			for _, c := range q.chunks {
+				held += cap(c.buf)
+			}
+			if held > 6*q.MaxBytes {
+				t.Fatalf("%s: %d KB held after %d frames", tt.name, held>>10, i)
+			}
+		}
+		frames := 0
+		for _, s := range take(t, &q) {
+			if s[0] == 'c' {
+				frames++
+			}
+		}
+		if frames != want {
+			t.Errorf("%s: %d frames of %d calm senders", tt.name, frames, want)
+		}
+		if b, n := q.Len(); b != 0 || n != 0 || len(q.active) != 0 || len(q.chunks) != 0 || busy != (Flow{at: busy.at}) {
+			t.Errorf("%s: an empty queue counts %d bytes, %d frames", tt.name, b, n)
+		}
+	}
+}
+
+// TestQueueAgainstModel compares with a list of frames, at each step, what is queued and in what order.
+func TestQueueAgainstModel(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	type frame struct{ flow, n, size int }
+	for range 50 {
+		q := Queue{MaxBytes: 150 << 10, MaxFrames: 40}
+		flows := make([]Flow, 4)
+		var model []frame
+		weigh := func(flow int) (bytes int) {
+			for _, f := range model {
+				if f.flow == flow {
+					bytes += f.size
+				}
+			}
+			return bytes
+		}
+		for n := range 400 {
+			if r.IntN(60) == 0 {
+				c := q.Pop()
+				if c == nil {
+					continue
+				}
+				rd := NewReader(bytes.NewReader(c.Bytes()), 0, nil)
+				for range c.Frames() {
+					_, p, err := rd.Next()
+					if err != nil {
+						t.Fatal(err)
+					}
+					if want := model[0]; int(p[0]) != want.flow || int(p[32])<<8|int(p[33]) != want.n || len(p)+HeaderLen != want.size {
+						t.Fatalf("frame %d of flow %d where frame %d of flow %d is due", int(p[32])<<8|int(p[33]), p[0], want.n, want.flow)
+					}
+					model = model[1:]
+				}
+				c.Release()
+				continue
+			}
+			p := make([]byte, 2+r.IntN(10))
+			if r.IntN(3) == 0 {
+				p = make([]byte, 2+r.IntN(MaxPacket-1))
+			}
+			p[0], p[1] = byte(n>>8), byte(n)
+			f := frame{r.IntN(len(flows)), n, HeaderLen + key.Size + len(p)}
+			for range q.Push(SendPacket, named(byte(f.flow)), p, &flows[f.flow]) {
+				heavy := f.flow
+				for g := range flows {
+					if weigh(g) > weigh(heavy) {
+						heavy = g
+					}
+				}
+				i := slices.IndexFunc(model, func(g frame) bool { return g.flow == heavy })
+				model = slices.Delete(model, i, i+1)
+			}
+			model = append(model, f)
+			total := 0
+			for _, g := range model {
+				total += g.size
+			}
+			if b, frames := q.Len(); b != total || frames != len(model) || b > q.MaxBytes || frames > q.MaxFrames {
+				t.Fatalf("%d bytes in %d frames, want %d in %d", b, frames, total, len(model))
+			}
+		}
+		if n := q.Trim(1000, 3); len(model)-n > 3 || q.Clear() != len(model)-n {
+			t.Errorf("trimmed %d of %d", n, len(model))
+		}
+	}
+}
+
 func TestQueueDoesNotAllocate(t *testing.T) {
 	q := Queue{MaxBytes: 1 << 20, MaxFrames: 1000}
 	var f Flow
@@ -356,6 +472,17 @@ func BenchmarkQueue(b *testing.B) {
 				c.Release()
 			}
 		}
+	}
+}
+
+// BenchmarkQueueFull is a busy flow that pushes its own out, behind a frame that stays.
+func BenchmarkQueueFull(b *testing.B) {
+	q := Queue{MaxBytes: 512 << 10, MaxFrames: 2048}
+	var calm, busy Flow
+	p := make([]byte, 32)
+	q.Push(SendPacket, peerPub, p, &calm)
+	for b.Loop() {
+		q.Push(SendPacket, peerPub, p, &busy)
 	}
 }
 

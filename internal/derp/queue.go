@@ -1,6 +1,7 @@
 package derp
 
 import (
+	"slices"
 	"sync"
 
 	"github.com/tailnode/tailnode/internal/key"
@@ -25,12 +26,20 @@ type Queue struct {
 // to one queue.
 type Flow struct {
 	bytes, frames int
-	at            int // index in active, when bytes > 0
+	at            int   // index in active, when bytes > 0
+	first, last   place // its oldest and its newest frame
+}
+
+// place is where a frame is: a chunk, and the index in its refs. The zero value is nowhere.
+type place struct {
+	c *Chunk
+	i int
 }
 
 type ref struct {
 	off, n int
 	flow   *Flow // nil: dropped
+	next   place // the flow's next frame
 }
 
 // Chunk is a run of frames taken from a [Queue].
@@ -38,7 +47,8 @@ type Chunk struct {
 	buf  []byte // length: what is used
 	big  *bigBuf
 	refs []ref
-	live int // frames, once popped
+	head int // those of refs before it are dropped
+	live int // frames that are not dropped; never 0 in a queue
 }
 
 // A chunk is cut at chunkTarget, four full TLS records, unless one frame alone is longer.
@@ -61,10 +71,11 @@ func (q *Queue) Push(t FrameType, k key.NodePublic, packet []byte, f *Flow) (dro
 		q.drop(q.heaviest(f))
 		dropped++
 	}
-	c := q.tail(size)
-	off := len(c.buf)
+	if len(q.chunks) > q.maxChunks() {
+		q.compact()
+	}
+	c := q.enter(f, size)
 	c.buf = AppendPacket(c.buf, t, k, packet)
-	c.refs = append(c.refs, ref{off, size, f})
 	q.count(f, size, 1)
 	return dropped
 }
@@ -74,26 +85,25 @@ func (q *Queue) Len() (bytes, frames int) { return q.bytes, q.frames }
 
 // Pop takes the oldest chunk out, or returns nil. The caller must Release it.
 func (q *Queue) Pop() *Chunk {
-	for len(q.chunks) > 0 {
-		c := q.shift()
-		w := 0
-		for _, r := range c.refs {
-			if r.flow == nil {
-				continue
-			}
-			q.count(r.flow, -r.n, -1)
-			if w != r.off {
-				copy(c.buf[w:], c.buf[r.off:r.off+r.n])
-			}
-			w += r.n
-			c.live++
-		}
-		if c.buf = c.buf[:w]; w > 0 {
-			return c
-		}
-		c.Release()
+	if len(q.chunks) == 0 {
+		return nil
 	}
-	return nil
+	c := q.chunks[0]
+	q.remove(c)
+	w := 0
+	for i := range c.refs {
+		r := &c.refs[i]
+		if r.flow == nil {
+			continue
+		}
+		q.leave(r)
+		if w != r.off {
+			copy(c.buf[w:], c.buf[r.off:r.off+r.n])
+		}
+		w += r.n
+	}
+	c.buf = c.buf[:w]
+	return c
 }
 
 // Trim sets new bounds and drops what no longer fits; it returns how many frames went.
@@ -124,7 +134,7 @@ func (c *Chunk) Frames() int { return c.live }
 // Release gives the chunk's memory back.
 func (c *Chunk) Release() {
 	clear(c.refs)
-	c.buf, c.refs, c.live = c.buf[:0], c.refs[:0], 0
+	c.buf, c.refs, c.head, c.live = c.buf[:0], c.refs[:0], 0, 0
 	if c.big != nil {
 		bigChunks.Put(c)
 	} else {
@@ -148,14 +158,59 @@ func (q *Queue) tail(size int) *Chunk {
 	return c
 }
 
-func (q *Queue) shift() *Chunk {
-	c := q.chunks[0]
-	copy(q.chunks, q.chunks[1:]) // a handful at most
-	q.chunks[len(q.chunks)-1] = nil
-	if q.chunks = q.chunks[:len(q.chunks)-1]; len(q.chunks) == 0 && cap(q.chunks) > 4 {
+// enter notes that the next size bytes of the chunk it returns will be a frame of f, its newest.
+func (q *Queue) enter(f *Flow, size int) *Chunk {
+	c := q.tail(size)
+	at := place{c, len(c.refs)}
+	if f.first.c == nil {
+		f.first = at
+	} else {
+		f.last.c.refs[f.last.i].next = at
+	}
+	f.last = at
+	c.refs = append(c.refs, ref{off: len(c.buf), n: size, flow: f})
+	c.live++
+	return c
+}
+
+// leave takes the oldest frame of a flow out of the flow.
+func (q *Queue) leave(r *ref) {
+	f := r.flow
+	if f.first = r.next; f.first.c == nil {
+		f.last = place{}
+	}
+	q.count(f, -r.n, -1)
+	r.flow, r.next = nil, place{}
+}
+
+func (q *Queue) remove(c *Chunk) {
+	i := slices.Index(q.chunks, c) // nearly always 0
+	if q.chunks = slices.Delete(q.chunks, i, i+1); len(q.chunks) == 0 && cap(q.chunks) > 4 {
 		q.chunks = nil
 	}
-	return c
+}
+
+// maxChunks is how many chunks there may be. Two neighbours hold more than chunkTarget when
+// they are filled, so that twice MaxBytes of them suffices for what is not dropped; half as
+// much again is why compact, which copies at most MaxBytes, is called only once in as much.
+func (q *Queue) maxChunks() int { return 3*q.MaxBytes/chunkTarget + 4 }
+
+// compact moves the frames together: a few that stay keep the chunks whose others were dropped.
+func (q *Queue) compact() {
+	old := q.chunks
+	q.chunks = nil
+	for _, f := range q.active {
+		f.first, f.last = place{}, place{}
+	}
+	for _, c := range old {
+		for _, r := range c.refs {
+			if r.flow != nil {
+				to := q.enter(r.flow, r.n)
+				to.buf = append(to.buf, c.buf[r.off:r.off+r.n]...)
+			}
+		}
+		c.Release()
+	}
 }
 
 func (q *Queue) count(f *Flow, bytes, frames int) {
@@ -189,30 +244,20 @@ func (q *Queue) heaviest(f *Flow) *Flow {
 	return best
 }
 
-// drop removes the oldest frame of flow f, or with nil the oldest of all.
+// drop removes the oldest frame of flow f, or with nil the oldest of all. A chunk of which nothing
+// is left goes with it, wherever it stands: memory would follow what was dropped otherwise.
 func (q *Queue) drop(f *Flow) {
-	for _, c := range q.chunks {
-		for i := range c.refs {
-			if r := &c.refs[i]; r.flow != nil && (f == nil || r.flow == f) {
-				q.count(r.flow, -r.n, -1)
-				r.flow = nil
-				q.trimHead()
-				return
-			}
-		}
-	}
-}
-
-// trimHead frees the chunks at the head of which nothing is left. The tail chunk too:
-// otherwise a queue that drops as fast as it is filled would keep dead frames.
-func (q *Queue) trimHead() {
-	for len(q.chunks) > 0 {
+	if f == nil {
 		c := q.chunks[0]
-		for _, r := range c.refs {
-			if r.flow != nil {
-				return
-			}
+		for c.refs[c.head].flow == nil {
+			c.head++
 		}
-		q.shift().Release()
+		f = c.refs[c.head].flow
+	}
+	c := f.first.c
+	q.leave(&c.refs[f.first.i])
+	if c.live--; c.live == 0 {
+		q.remove(c)
+		c.Release()
 	}
 }
