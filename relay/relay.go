@@ -346,14 +346,16 @@ func (s *Server) Shutdown(ctx context.Context) error {
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.closed = true
-	if s.started {
-		s.http.Close()
-		s.derp.Close()
-		if s.stun != nil {
-			s.stun.pc.Close()
-		}
-	}
+	h, d, st := s.http, s.derp, s.stun
 	s.mu.Unlock()
+	// Not under the lock: this waits for Admit, which may ask the server something.
+	if h != nil {
+		h.Close()
+		d.Close()
+	}
+	if st != nil {
+		st.pc.Close()
+	}
 	s.wg.Wait()
 	return nil
 }

@@ -259,6 +259,43 @@ func TestAdmitHook(t *testing.T) {
 	}
 }
 
+// TestCloseWhileAdmitAsks: Close waits for an Admit that asks the server itself.
+func TestCloseWhileAdmitAsks(t *testing.T) {
+	for name, end := range map[string]func(*Server){
+		"Close":    func(s *Server) { s.Close() },
+		"Shutdown": func(s *Server) { s.Shutdown(canceled) },
+	} {
+		asked, done := make(chan struct{}, 100), make(chan struct{})
+		s := &Server{Addr: "127.0.0.1:0"}
+		s.Admit = func(ctx context.Context, k NodeKey, _ netip.Addr) error {
+			asked <- struct{}{}
+			<-ctx.Done() // by then the server is being closed
+			s.Disconnect(k)
+			s.Addrs()
+			s.PublicKey()
+			s.Region(1)
+			if s.Stats().Clients > 0 {
+				t.Error("clients")
+			}
+			return ctx.Err()
+		}
+		if err := s.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		join(t, derpMap(s, 1))
+		within(t, "question", asked)
+		go func() { end(s); close(done) }()
+		within(t, name, done)
+	}
+}
+
+// canceled is a context that is done.
+var canceled = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
 func TestSTUN(t *testing.T) {
 	for _, addr := range []string{"127.0.0.1:0", "[::1]:0"} {
 		s := &Server{Addr: addr}
