@@ -112,6 +112,7 @@ func (c *client) leave(next *client) {
 	peers := c.peers
 	c.peers, c.ctl = nil, nil
 	c.mu.Unlock()
+	delete(peers, c) // it may have spoken with itself, and next must not remember what has ended
 	for p := range peers {
 		p.forget(c)
 		if next != nil {

@@ -224,6 +224,26 @@ func TestDuplicateKey(t *testing.T) {
 	})
 }
 
+// TestSelfIsForgotten: a connection that sent to its own key is not handed on to the key's other one when it ends.
+func TestSelfIsForgotten(t *testing.T) {
+	run(t, Config{}, func(t *testing.T, s *Server) {
+		priv := key.NewNode()
+		stays := join(t, s, priv)
+		go io.Copy(io.Discard, stays.nc) // what it is told of the other
+		leaves := join(t, s, priv)
+		leaves.send(leaves.pub, "to myself")
+		leaves.wantPacket(leaves.pub, "to myself")
+		leaves.nc.Close()
+		<-leaves.err
+		c := s.lookup(priv.Public()).active.Load()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if n := len(c.peers); n != 0 {
+			t.Errorf("%d connections that have ended are remembered", n)
+		}
+	})
+}
+
 func TestQueueBoundsAndFairness(t *testing.T) {
 	run(t, Config{QueueBytes: 100 << 10, QueuePackets: 1000}, func(t *testing.T, s *Server) {
 		slow, busy, calm := join(t, s, key.NewNode()), join(t, s, key.NewNode()), join(t, s, key.NewNode())
