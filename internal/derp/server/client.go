@@ -118,6 +118,10 @@ func (c *client) leave(next *client) {
 		if next != nil {
 			next.meet(p)
 			p.meet(next)
+			if next.left() || p.left() { // in between, and its leave may have missed the other
+				next.forget(p)
+				p.forget(next)
+			}
 			continue
 		}
 		c.s.stats.gone.Add(1)
@@ -139,6 +143,13 @@ func (c *client) forget(p *client) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.peers, p)
+}
+
+// left reports whether leave has begun.
+func (c *client) left() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
 }
 
 func (c *client) signalLocked() {
@@ -195,10 +206,7 @@ func (c *client) deliver(src *client, packet []byte) bool {
 	}
 	if met && src != c {
 		src.meet(c)
-		c.mu.Lock()
-		left := c.closed
-		c.mu.Unlock()
-		if left { // in between, and leave may have missed src
+		if c.left() { // in between, and leave may have missed src
 			src.forget(c)
 		}
 	}

@@ -244,6 +244,21 @@ func TestSelfIsForgotten(t *testing.T) {
 	})
 }
 
+// TestLeavingAtOnce: of two connections that end at once neither stays with a third.
+func TestLeavingAtOnce(t *testing.T) {
+	s := New(Config{})
+	defer s.Close()
+	a, b, third := newClient(s, nil, nil, key.NodePublic{}, netip.AddrPort{}, derp.ClientInfo{}),
+		newClient(s, nil, nil, key.NodePublic{}, netip.AddrPort{}, derp.ClientInfo{}),
+		newClient(s, nil, nil, key.NodePublic{}, netip.AddrPort{}, derp.ClientInfo{})
+	a.meet(b)
+	b.leave(nil) // does not know a yet: it is deliver that says so to both
+	a.leave(third)
+	if n := len(third.peers); n != 0 {
+		t.Errorf("%d connections that have ended are remembered", n)
+	}
+}
+
 func TestQueueBoundsAndFairness(t *testing.T) {
 	run(t, Config{QueueBytes: 100 << 10, QueuePackets: 1000}, func(t *testing.T, s *Server) {
 		slow, busy, calm := join(t, s, key.NewNode()), join(t, s, key.NewNode()), join(t, s, key.NewNode())
