@@ -81,7 +81,9 @@ type Server struct {
 	// Admit, if not nil, decides who may use the relay: it gets a key that the client has
 	// proved to hold and the client's address; an error refuses. It may block until ctx is done.
 	Admit func(ctx context.Context, client NodeKey, from netip.Addr) error
-	// MaxConns bounds the connections at a time; 0: 65536.
+	// MaxConns bounds the DERP connections at a time: all that were upgraded, whether they are
+	// still in their handshake or admitted, several of one node each for itself; 0: 65536.
+	// TLS and HTTP before the upgrade do not count: time limits alone bound them.
 	MaxConns int
 	// RateBytes, if not 0, bounds the bytes a second that each client may send.
 	RateBytes int
@@ -198,14 +200,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	s.derp = server.New(cfg)
 	s.ln, s.stun = ln, st
 	s.node = nodeOf(name, host, pin, ln.Addr(), st, conf == nil)
-	s.http = &http.Server{
-		Handler:           s.derp,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       30 * time.Second,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          log.New(io.Discard, "", 0), // scanners make noise, and nothing of ours goes there
-	}
-	s.http.SetKeepAlivesEnabled(true)
+	s.http = httpServer(s.derp)
 	var listen net.Listener = bufListener{ln}
 	if conf != nil {
 		listen = tls.NewListener(listen, s.derp.AddMetaCert(conf))
@@ -226,6 +221,18 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	}
 	logger.Info("relay: serving", "addr", ln.Addr().String(), "hostname", name, "certname", s.node.CertName)
 	return nil
+}
+
+func httpServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second, // the upgrade lifts this and the next
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       30 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          log.New(io.Discard, "", 0), // scanners make noise, and nothing of ours goes there
+	}
 }
 
 // ListenAndServe is Start, and then blocks until ctx is done, which shuts the relay down within

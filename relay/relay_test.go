@@ -6,6 +6,8 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -15,12 +17,16 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/tailnode/tailnode/internal/derp/client"
+	"github.com/tailnode/tailnode/internal/derp/server"
 	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/memnet"
+	"github.com/tailnode/tailnode/internal/proxy"
 	"github.com/tailnode/tailnode/internal/stun"
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -355,6 +361,60 @@ func TestWebPages(t *testing.T) {
 			t.Errorf("%s: %s %s", path, resp.Proto, resp.Status)
 		}
 	}
+}
+
+// TestHTTPTimeLimits: a client that reads or writes too slowly is cut off, but for one that has upgraded.
+func TestHTTPTimeLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network := memnet.New(1, memnet.Link{})
+		ln, err := network.Host("192.0.2.1").Listen("tcp", "192.0.2.1:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := server.New(server.Config{})
+		defer d.Close()
+		hs := httpServer(d)
+		go hs.Serve(bufListener{ln})
+		defer hs.Close()
+		dial := network.Host("192.0.2.2").DialContext
+
+		h := newSink()
+		rs := client.NewRegions(client.RegionsConfig{PrivateKey: key.NewNode(), Handler: h, Dial: dial, Proxy: proxy.None})
+		defer rs.Close()
+		rs.SetMap(&tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {RegionID: 1,
+			Nodes: []*tailcfg.DERPNode{{Name: "1a", RegionID: 1, HostName: "http://192.0.2.1", IPv6: "none"}}}}})
+		rs.SetHome(1)
+		h.waitState(t, true)
+		upgraded := time.Now()
+
+		for name, use := range map[string]func(net.Conn){
+			"a body that does not come": func(nc net.Conn) {
+				fmt.Fprint(nc, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\nx")
+				io.Copy(io.Discard, nc)
+			},
+			"answers that are not read": func(nc net.Conn) {
+				for err := error(nil); err == nil; {
+					_, err = fmt.Fprint(nc, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+				}
+			},
+		} {
+			nc, err := dial(t.Context(), "tcp", "192.0.2.1:80")
+			if err != nil {
+				t.Fatal(err)
+			}
+			begin := time.Now()
+			nc.SetDeadline(begin.Add(time.Hour))
+			use(nc)
+			if d := time.Since(begin); d > time.Minute {
+				t.Errorf("%s: held the connection for %v", name, d)
+			}
+			nc.Close()
+		}
+		time.Sleep(10 * time.Minute)
+		if s := rs.Stats()[0]; !s.Connected || !s.Since.Equal(upgraded) {
+			t.Errorf("%v after the upgrade: %+v", time.Since(upgraded), s)
+		}
+	})
 }
 
 func TestStartErrors(t *testing.T) {
