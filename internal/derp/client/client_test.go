@@ -565,6 +565,57 @@ func TestMapChanges(t *testing.T) {
 	})
 }
 
+// TestMapChangesWhileDialling: a relay that leaves the map while it is dialled is not used; one that is in it is dialled at once.
+func TestMapChangesWhileDialling(t *testing.T) {
+	for name, tt := range map[string]struct {
+		want  func(*Regions)
+		after *tailcfg.DERPRegion
+	}{
+		"home":        {func(rs *Regions) { rs.SetHome(1) }, reg(1, "b")},
+		"Connect":     {func(rs *Regions) { rs.Connect(1) }, reg(1, "b")},
+		"Send":        {func(rs *Regions) { rs.Send(1, key.NodePublic{}, []byte("x"), 0) }, reg(1, "b")},
+		"a new entry": {func(rs *Regions) { rs.SetHome(1) }, &tailcfg.DERPRegion{Nodes: []*tailcfg.DERPNode{{Name: "b", HostName: "a", IPv4: "192.0.2.2", IPv6: "none"}}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, w *world, rs *Regions, l log) {
+				w.serve("a", script(func(r *relay) {
+					rs.SetMap(mapOf(tt.after, reg(2, "c")))
+					r.accept(derp.ServerInfo{})
+					r.serveUntilGone(nil)
+				}))
+				w.serve("b", good(nil))
+				w.serve("192.0.2.2", good(nil))
+				tt.after.RegionID = 1
+				rs.SetMap(mapOf(reg(1, "a")))
+				start := time.Now()
+				tt.want(rs)
+				l.want(t, "up", 1)
+				if s := rs.Stats()[0]; s.Relay != "b" || time.Since(start) > time.Second {
+					t.Errorf("after %v connected to %q", time.Since(start), s.Relay)
+				}
+			})
+		})
+	}
+	t.Run("region removed", func(t *testing.T) {
+		bubble(t, func(t *testing.T, w *world, rs *Regions, l log) {
+			w.serve("a", script(func(r *relay) {
+				rs.SetMap(mapOf())
+				r.accept(derp.ServerInfo{})
+				r.serveUntilGone(nil)
+			}))
+			rs.SetMap(mapOf(reg(1, "a")))
+			rs.SetHome(1)
+			time.Sleep(time.Hour)
+			if n := len(w.dialTimes("a")); n != 1 || len(l) != 0 {
+				t.Errorf("%d dials, %d events", n, len(l))
+			}
+			w.serve("a", good(nil))
+			rs.SetMap(mapOf(reg(1, "a")))
+			l.want(t, "up", 1)
+		})
+	})
+}
+
 func TestCloseAtAnyTime(t *testing.T) {
 	for delay := range 20 {
 		synctest.Test(t, func(t *testing.T) {

@@ -141,9 +141,7 @@ func (rs *Regions) SetMap(m *tailcfg.DERPMap) {
 			}
 			if r.def != nil && !reflect.DeepEqual(r.def, def) {
 				r.fails, r.notBy = 0, time.Time{}
-				if c := r.conn; c != nil && !slices.ContainsFunc(def.Nodes, func(n *tailcfg.DERPNode) bool {
-					return n != nil && *n == *c.node
-				}) {
+				if c := r.conn; c != nil && !lists(def, c.node) {
 					c.shut(errors.New("derp/client: the relay left the DERP map"))
 				}
 			}
@@ -162,6 +160,11 @@ func (rs *Regions) SetMap(m *tailcfg.DERPMap) {
 	}
 	rs.byID.Store(&now)
 	rs.startLocked(now[rs.home])
+}
+
+// lists reports whether the region has the relay, unchanged.
+func lists(def *tailcfg.DERPRegion, relay *tailcfg.DERPNode) bool {
+	return slices.ContainsFunc(def.Nodes, func(n *tailcfg.DERPNode) bool { return n != nil && *n == *relay })
 }
 
 // SetHome makes the region the node's home, which is kept connected; 0 is none. The
@@ -371,7 +374,8 @@ func (rs *Regions) wanted(r *region) bool {
 }
 
 func (rs *Regions) run(r *region) {
-	for first := true; first || rs.wanted(r); first = false {
+	for again := true; again || rs.wanted(r); {
+		again = false
 		if !rs.await(r) {
 			continue
 		}
@@ -389,6 +393,7 @@ func (rs *Regions) run(r *region) {
 		}
 		if !rs.up(r, c) {
 			c.Close()
+			again = true // who wanted this one wants another
 			continue
 		}
 		idle := rs.watchIdle(r, c)
@@ -460,10 +465,10 @@ func (r *region) backoffLocked() {
 	r.notBy = now.Add(d/2 + rand.N(d/2))
 }
 
-// up publishes a new connection.
+// up publishes a new connection, unless the map has lost the region or the relay while it was dialled.
 func (rs *Regions) up(r *region, c *Conn) bool {
 	rs.mu.Lock()
-	if r.ctx.Err() != nil {
+	if r.ctx.Err() != nil || !lists(r.def, c.node) {
 		rs.mu.Unlock()
 		return false
 	}
