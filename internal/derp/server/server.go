@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/big"
 	mrand "math/rand/v2"
 	"net"
@@ -229,17 +230,20 @@ func (s *Server) Connected(k key.NodePublic) bool { return s.lookup(k) != nil }
 // Disconnect closes every connection of the client; it returns how many there were. The
 // client may connect again unless Admit refuses it.
 func (s *Server) Disconnect(k key.NodePublic) int {
+	var all []*client
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	set := s.byKey[k]
-	if set == nil {
-		return 0
+	if set := s.byKey[k]; set != nil {
+		all = slices.Clone(set.all)
 	}
-	for _, c := range set.all {
-		c.nc.Close()
+	s.mu.RUnlock()
+	for _, c := range all {
+		cut(c.nc)
 	}
-	return len(set.all)
+	return len(all)
 }
+
+// cut closes the socket of a connection: TLS's own Close waits up to 5 s for a client that does not read.
+func cut(nc net.Conn) { netConn(nc).Close() }
 
 // Serve speaks DERP on nc, of which buffered is what has been read already, until the
 // connection ends; then nc is closed. It blocks, and returns why the connection ended: nil
@@ -447,9 +451,10 @@ func (s *Server) Close() {
 	s.mu.Lock()
 	s.draining = true
 	s.cancel()
-	for nc := range s.conns {
-		nc.Close()
-	}
+	conns := slices.Collect(maps.Keys(s.conns)) // none is added from now on
 	s.mu.Unlock()
+	for _, nc := range conns {
+		cut(nc)
+	}
 	s.wg.Wait()
 }

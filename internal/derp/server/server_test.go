@@ -4,9 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -39,6 +43,10 @@ type peer struct {
 // dial connects a peer up to the greeting.
 func dial(t testing.TB, s *Server, priv key.NodePrivate) *peer {
 	near, far := net.Pipe()
+	return dialOver(t, s, priv, near, far)
+}
+
+func dialOver(t testing.TB, s *Server, priv key.NodePrivate, near, far net.Conn) *peer {
 	p := &peer{t: t, nc: near, rd: derp.NewReader(near, 0, nil), priv: priv, pub: priv.Public(), err: make(chan error, 1)}
 	go func() { p.err <- s.Serve(far, nil) }()
 	return p
@@ -48,21 +56,27 @@ func dial(t testing.TB, s *Server, priv key.NodePrivate) *peer {
 func join(t testing.TB, s *Server, priv key.NodePrivate) *peer {
 	t.Helper()
 	p := dial(t, s, priv)
+	p.enter(s)
+	return p
+}
+
+// enter completes the handshake.
+func (p *peer) enter(s *Server) {
+	p.t.Helper()
 	ft, b := p.next()
 	k, err := derp.ParseServerKey(b)
 	if ft != derp.ServerKey || err != nil || k != s.PublicKey() {
-		t.Fatalf("greeting: %v %v", ft, err)
+		p.t.Fatalf("greeting: %v %v", ft, err)
 	}
-	hello, err := derp.AppendClientInfo(nil, priv, k, derp.ClientInfo{Version: 2})
+	hello, err := derp.AppendClientInfo(nil, p.priv, k, derp.ClientInfo{Version: 2})
 	if err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
 	p.write(hello)
 	ft, b = p.next()
-	if p.info, err = derp.ParseServerInfo(priv, k, b); ft != derp.ServerInfoT || err != nil {
-		t.Fatalf("server info: %v %v", ft, err)
+	if p.info, err = derp.ParseServerInfo(p.priv, k, b); ft != derp.ServerInfoT || err != nil {
+		p.t.Fatalf("server info: %v %v", ft, err)
 	}
-	return p
 }
 
 func (p *peer) next() (derp.FrameType, []byte) {
@@ -517,6 +531,47 @@ func TestMaxConnsAndDisconnect(t *testing.T) {
 		synctest.Wait()
 		join(t, s, key.NewNode())
 	})
+}
+
+// TestCutDoesNotWait: TLS's farewell to a client that reads nothing must hold nobody up.
+func TestCutDoesNotWait(t *testing.T) {
+	pub, priv, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	der, err := x509.CreateCertificate(nil, tmpl, tmpl, pub, priv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conf := &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: priv}}}
+	for name, cut := range map[string]func(*Server, key.NodePublic){
+		"Disconnect": func(s *Server, k key.NodePublic) {
+			if n := s.Disconnect(k); n != 2 {
+				t.Errorf("disconnected %d", n)
+			}
+		},
+		"Close": func(s *Server, _ key.NodePublic) { s.Close() },
+	} {
+		run(t, Config{}, func(t *testing.T, s *Server) {
+			k := key.NewNode()
+			var all []*peer
+			for range 2 {
+				near, far := net.Pipe()
+				p := dialOver(t, s, k, tls.Client(near, &tls.Config{InsecureSkipVerify: true}), tls.Server(derp.NewBufConn(far), conf))
+				p.enter(s)
+				all = append(all, p)
+			}
+			start := time.Now()
+			cut(s, k.Public())
+			for _, p := range all {
+				<-p.err
+			}
+			if d := time.Since(start); d != 0 {
+				t.Errorf("%s takes %v", name, d)
+			}
+		})
+	}
 }
 
 func TestPeersAreBounded(t *testing.T) {
