@@ -21,7 +21,8 @@ type BufConn struct {
 	// before the first Read, or between two on the reading goroutine.
 	BeforeRead func()
 
-	lastRead atomic.Int64 // unix nanoseconds
+	made     time.Time
+	lastRead atomic.Int64 // nanoseconds after made, by the monotonic clock: the other may be set
 	small    [2 << 10]byte
 	big      *bigBuf
 	buf      []byte // unread
@@ -34,12 +35,12 @@ type BufConn struct {
 }
 
 // NewBufConn returns a BufConn on nc, which it owns from now on.
-func NewBufConn(nc net.Conn) *BufConn { return &BufConn{Conn: nc} }
+func NewBufConn(nc net.Conn) *BufConn { return &BufConn{Conn: nc, made: time.Now()} }
 
 // LastRead returns when the socket last yielded something; the zero time if it never did.
 func (c *BufConn) LastRead() time.Time {
 	if n := c.lastRead.Load(); n != 0 {
-		return time.Unix(0, n)
+		return c.made.Add(time.Duration(n))
 	}
 	return time.Time{}
 }
@@ -58,7 +59,7 @@ func (c *BufConn) Read(p []byte) (int, error) {
 		}
 		n, err := c.Conn.Read(into)
 		if n > 0 {
-			c.lastRead.Store(time.Now().UnixNano())
+			c.lastRead.Store(max(1, int64(time.Since(c.made))))
 		}
 		c.buf = into[:n]
 		if err != nil && n == 0 {

@@ -428,6 +428,9 @@ func TestBufConn(t *testing.T) {
 	if waits == 0 || waits > 20 || c.LastRead().IsZero() {
 		t.Errorf("%d reads of the socket", waits)
 	}
+	if at := c.LastRead(); at == at.Round(0) {
+		t.Errorf("%v has no monotonic reading: a clock that is set back would make silence shorter", at)
+	}
 	if c.big != nil {
 		t.Error("an idle connection keeps a large buffer")
 	}
