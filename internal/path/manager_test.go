@@ -47,6 +47,17 @@ func newManager(t testing.TB) (*Manager, *fakeRelay, *nullSink) {
 	return m, r, s
 }
 
+// newOwner returns the owner of a Manager whose own goroutine does not run: events and times are the test's.
+func newOwner(t testing.TB, disco key.DiscoPrivate, u UDP) *owner {
+	t.Helper()
+	m, err := New(Config{NodeKey: key.NewNode().Public(), DiscoKey: disco, Relay: &fakeRelay{}, NewSink: func() Sink { return &nullSink{} }, UDP: u})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
+	return &owner{m: m, active: make(map[*Peer]*active)}
+}
+
 func TestRegionChoice(t *testing.T) {
 	// Each step is something that happens; want is the region of a send after all of them, 0 for ErrNoPath.
 	type step = func(m *Manager, k key.NodePublic)

@@ -143,10 +143,10 @@ type Manager struct {
 	log     *slog.Logger
 	discoPK key.DiscoPublic
 
-	mu      sync.RWMutex // guards the two
+	mu      sync.RWMutex // guards the three
 	peers   map[key.NodePublic]*Peer
 	byDisco map[key.DiscoPublic]*Peer // the first of those with this key; Peer.sibling is the next
-	shakes  map[shakeKey]*Peer        // endpoints on peer relays, by what the relay's messages say
+	shakes  map[shakeKey][]*Peer      // who has an endpoint on a peer relay, by what the relay's messages say; maxShakes for each peer
 
 	relays    atomic.Pointer[relayList] // peer relays that may be asked; nil: none
 	connected atomic.Pointer[[]uint16]  // relay regions with a connection; never nil
@@ -217,7 +217,7 @@ func New(cfg Config) (*Manager, error) {
 		discoPK: cfg.DiscoKey.Public(),
 		peers:   make(map[key.NodePublic]*Peer),
 		byDisco: make(map[key.DiscoPublic]*Peer),
-		shakes:  make(map[shakeKey]*Peer),
+		shakes:  make(map[shakeKey][]*Peer),
 		done:    make(chan struct{}),
 		events:  make(chan event, 64),
 		start:   time.Now(),

@@ -123,15 +123,18 @@ func (m *Manager) discoFromPeerRelay(src Source, control bool, b []byte) {
 	if !ok || len(b) > 512 {
 		return
 	}
+	var p *Peer // on whose account the message waits: that of any whose it may be
 	m.mu.RLock()
-	p := m.shakes[shakeKey{sender, src.VNI}]
+	for _, x := range m.shakes[shakeKey{sender, src.VNI}] {
+		if x.queued.Add(1) <= maxQueued {
+			p = x
+			break
+		}
+		x.queued.Add(-1)
+	}
 	m.mu.RUnlock()
 	if p == nil {
-		return // of no handshake of ours
-	}
-	if p.queued.Add(1) > maxQueued {
-		p.queued.Add(-1)
-		return
+		return // of no handshake of ours, or too many
 	}
 	select {
 	case m.events <- event{kind: evBind, p: p, src: src, pkt: slices.Clone(b)}:
@@ -140,33 +143,43 @@ func (m *Manager) discoFromPeerRelay(src Source, control bool, b []byte) {
 	}
 }
 
-// fromPeerRelay acts on a relay's message about a handshake.
+// fromPeerRelay acts on a relay's message about a handshake. Any peer may name any endpoint, so that the message says with which of
+// them it is.
 func (o *owner) fromPeerRelay(now time.Time, ev event) {
-	a := o.active[ev.p]
 	sender, _ := disco.Sender(ev.pkt)
-	if a == nil {
-		return
-	}
-	for _, s := range a.mc.r.shakes {
-		if s.ep.Server != sender || s.ep.VNI != ev.src.VNI || !s.keyed {
+	k := shakeKey{sender, ev.src.VNI}
+	var m disco.BindCommon
+	opened := false
+	for _, p := range o.m.shakes[k] { // only the owner writes it
+		a := o.active[p]
+		if a == nil {
 			continue
 		}
-		plain, err := disco.Open(o.plain[:0], &s.shared, ev.pkt)
-		if err != nil {
-			return
+		for _, s := range a.mc.r.shakes {
+			if s.key() != k || !s.keyed {
+				continue
+			}
+			if !opened { // all have the same key with the relay
+				plain, err := disco.Open(o.plain[:0], &s.shared, ev.pkt)
+				if err != nil {
+					return
+				}
+				o.plain = plain
+				typ, _, body, err := disco.Split(plain)
+				if err != nil || typ != disco.TypeBindEndpointChallenge {
+					return
+				}
+				if m, err = disco.ParseBind(body); err != nil || m.VNI != k.vni {
+					return
+				}
+				opened = true
+			}
+			if m.Generation == s.generation && m.RemoteKey == a.disco {
+				a.mc.challenged(now, s, ev.src.Addr, m.Challenge)
+				o.run(now, a)
+				return
+			}
 		}
-		o.plain = plain
-		typ, _, body, err := disco.Split(plain)
-		if err != nil || typ != disco.TypeBindEndpointChallenge {
-			return
-		}
-		m, err := disco.ParseBind(body)
-		if err != nil || m.VNI != s.ep.VNI || m.Generation != s.generation || m.RemoteKey != a.disco {
-			return
-		}
-		a.mc.challenged(now, s, ev.src.Addr, m.Challenge)
-		o.run(now, a)
-		return
 	}
 }
 
@@ -188,13 +201,19 @@ func (o *owner) sendBind(a *active, act *action) {
 
 // setShake notes that messages of an endpoint's relay are awaited, or no more.
 func (o *owner) setShake(a *active, s *shake, on bool) {
-	k := shakeKey{s.ep.Server, s.ep.VNI}
+	k := s.key()
 	o.m.mu.Lock()
 	defer o.m.mu.Unlock()
-	if on {
-		o.m.shakes[k] = a.p
-	} else if o.m.shakes[k] == a.p && !slices.ContainsFunc(a.mc.r.shakes, func(x *shake) bool { return shakeKey{x.ep.Server, x.ep.VNI} == k }) {
+	peers := o.m.shakes[k]
+	i := slices.Index(peers, a.p)
+	switch {
+	case on && i < 0:
+		o.m.shakes[k] = append(peers, a.p)
+	case on || i < 0 || slices.ContainsFunc(a.mc.r.shakes, func(x *shake) bool { return x.key() == k }):
+	case len(peers) == 1:
 		delete(o.m.shakes, k)
+	default:
+		o.m.shakes[k] = slices.Delete(peers, i, i+1)
 	}
 }
 

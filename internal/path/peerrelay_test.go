@@ -399,3 +399,55 @@ func TestRankRelays(t *testing.T) {
 		t.Errorf("%d of 33 are asked in time", len(seen))
 	}
 }
+
+// TestShakeOfTwoPeers: a peer that names the endpoint of another takes nothing away from it.
+func TestShakeOfTwoPeers(t *testing.T) {
+	me, relay := key.NewDisco(), key.NewDisco()
+	o := newOwner(t, me, &wire{})
+	o.m.SetPeerRelays(true, false, nil)
+	now, at := time.Now(), netip.MustParseAddrPort("192.0.2.9:4242")
+	k := shakeKey{relay.Public(), 77}
+	via := func(lamport uint64) *active {
+		d := key.NewDisco()
+		p := o.m.UpsertPeer(PeerInfo{Key: key.NewNode().Public(), Disco: d.Public(), HomeRegion: 1})
+		m := disco.CallMeMaybeVia{RelayEndpoint: disco.RelayEndpoint{Server: relay.Public(), Clients: [2]key.DiscoPublic{d.Public(), me.Public()},
+			LamportID: lamport, VNI: 77, BindLifetime: shakeFor, Addrs: []netip.AddrPort{at}}}
+		sh := d.Shared(me.Public())
+		o.handle(now, event{kind: evDisco, p: p, src: Source{Region: 1, Key: p.key}, pkt: disco.Seal(nil, d.Public(), &sh, m.Append(nil))})
+		return o.active[p]
+	}
+	// challenge has the relay challenge a, by way of the Manager's queue.
+	sh := relay.Shared(me.Public())
+	challenge := func(a *active, generation uint32) {
+		m := disco.BindCommon{VNI: 77, Generation: generation, RemoteKey: a.disco}
+		o.m.discoFromPeerRelay(Source{Addr: at, VNI: 77}, true, disco.Seal(nil, relay.Public(), &sh, m.Append(nil, disco.TypeBindEndpointChallenge)))
+		for len(o.m.events) > 0 {
+			o.handle(now, <-o.m.events)
+		}
+	}
+	first, a, last := via(1), via(5), via(1)
+	first.p.queued.Store(maxQueued) // it does not hold up the others' either
+	s := a.mc.r.shakes[0]
+	challenge(a, s.generation+2)
+	challenge(first, s.generation)
+	if s.at.IsValid() {
+		t.Error("another one's challenge was taken")
+	}
+	challenge(a, s.generation)
+	for _, x := range []*active{first, last} {
+		if s.at != at || x.mc.r.shakes[0].at.IsValid() {
+			t.Errorf("the challenge went to %v and %v", s.at, x.mc.r.shakes[0].at)
+		}
+	}
+	for _, x := range []*active{first, last} {
+		x.mc.dropShakes()
+		o.run(now, x)
+	}
+	if got := o.m.shakes[k]; !slices.Equal(got, []*Peer{a.p}) {
+		t.Errorf("%d peers are listened for, want the one whose endpoint is left", len(got))
+	}
+	o.drop(a)
+	if len(o.m.shakes) != 0 {
+		t.Error("the relay is listened to without an endpoint")
+	}
+}

@@ -67,6 +67,8 @@ type shake struct {
 
 func (s *shake) hop() hop { return hop{s.at, s.ep.VNI} }
 
+func (s *shake) key() shakeKey { return shakeKey{s.ep.Server, s.ep.VNI} }
+
 // shakeOf returns the endpoint that h leads to, nil if h is none.
 func (mc *machine) shakeOf(h hop) *shake {
 	if h.vni == 0 {
