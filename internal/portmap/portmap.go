@@ -114,6 +114,7 @@ type Client struct {
 	again   bool // work is to look once more
 	fails   int
 	retry   time.Time // no attempt before
+	gen     int       // how often there has been a reason to try at once; the failure of an attempt of before counts for nothing
 	timer   *time.Timer
 	closed  bool
 
@@ -211,6 +212,7 @@ func (c *Client) NetworkChanged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.fails, c.retry = 0, time.Time{}
+	c.gen++
 	if c.m != nil && c.wanted && time.Since(c.m.got) >= minRenew {
 		c.lost = true
 	}
@@ -326,6 +328,9 @@ func (c *Client) work() {
 func (c *Client) step() (changed bool) {
 	ctx, cancel := context.WithTimeout(c.ctx, attemptTimeout)
 	defer cancel()
+	c.mu.Lock()
+	gen := c.gen
+	c.mu.Unlock()
 	gw, self, err := c.cfg.Gateway()
 	t := target{gw.Unmap(), self.Unmap(), c.cfg.LocalPort()}
 	if err == nil && (!c.sane(t) || t.port == 0) {
@@ -364,6 +369,9 @@ func (c *Client) step() (changed bool) {
 	}
 	if err != nil {
 		c.log.Debug("portmap: no mapping", "err", err)
+		if c.gen != gen {
+			return changed // the next attempt is due
+		}
 		c.fails++
 		c.retry = now.Add(min(minRetry<<min(c.fails-1, 10), maxRetry))
 		if c.m != nil && lost {
@@ -610,6 +618,7 @@ func (c *Client) heard(t target, f *found) {
 	if c.m == nil {
 		if c.wanted && f.any() && c.fails > 0 {
 			c.fails, c.retry = 0, time.Time{} // it may be new
+			c.gen++
 			c.scheduleLocked()
 		}
 		return
@@ -627,6 +636,7 @@ func (c *Client) heard(t target, f *found) {
 	if c.lost && c.wanted {
 		c.log.Debug("portmap: the router has lost the mapping")
 		c.retry = time.Time{}
+		c.gen++
 		c.startLocked()
 	}
 }

@@ -338,6 +338,34 @@ func TestNetworkChanged(t *testing.T) {
 	})
 }
 
+// TestNewsDuringAttempt: an attempt that was under way when there was a reason for another does not put that off when it fails.
+func TestNewsDuringAttempt(t *testing.T) {
+	for name, news := range map[string]func(*Client){
+		"network changed": (*Client).NetworkChanged,
+		"router heard":    func(c *Client) { c.Probe(context.Background()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, r *router) {
+				r.pcp = true
+				gw := netip.MustParseAddr("192.168.1.99") // nobody answers
+				c, changed := r.client(func(cfg *Config) {
+					cfg.Gateway = func() (netip.Addr, netip.Addr, error) { r.mu.Lock(); defer r.mu.Unlock(); return gw, selfAddr, nil }
+				})
+				defer c.Close()
+				c.Want(true)
+				time.Sleep(quickWindow + minRetry + quickWindow/2) // in the middle of the second attempt
+				r.set(func() { gw = gwAddr })
+				news(c)
+				start := time.Now()
+				<-changed
+				if d := time.Since(start); d > quickWindow {
+					t.Errorf("a mapping after %v", d)
+				}
+			})
+		})
+	}
+}
+
 func TestProbe(t *testing.T) {
 	bubble(t, func(t *testing.T, r *router) {
 		c, _ := r.client(nil)
