@@ -65,6 +65,7 @@ func (f *finder) begin(now time.Time) bool {
 		}
 	}
 	if len(f.probes) == 0 {
+		f.fresh = now // as good as it gets; and the next refresh must not be due at once
 		return false
 	}
 	f.resendAt, f.endAt = now.Add(resend), now.Add(roundEnd)

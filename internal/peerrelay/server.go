@@ -239,7 +239,6 @@ func (s *Server) loop() {
 				waiting = waiting[:min(len(waiting), maxPending)]
 				s.probe(&f, now)
 				if f.endAt.IsZero() { // no server can be asked
-					f.finish(now)
 					s.answerAll(&f, now, waiting)
 					waiting = nil
 				}

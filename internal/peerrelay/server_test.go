@@ -149,6 +149,32 @@ func TestServerWithoutSTUN(t *testing.T) {
 	})
 }
 
+// TestServerNobodyToAsk: servers of an address family without a socket are neither asked nor waited for.
+func TestServerNobodyToAsk(t *testing.T) {
+	f := finder{v4: 1, stun: []netip.AddrPort{netip.MustParseAddrPort("[2001:db8::1]:3478")}}
+	start := time.Now()
+	for now := start; now.Before(start.Add(time.Hour)); {
+		if f.begin(now) || !f.isFresh(now) {
+			t.Fatal("a round without a server")
+		}
+		next := f.refreshAt()
+		if next.Before(now.Add(refreshMin)) {
+			t.Fatalf("after %v: to be looked at again in %v", now.Sub(start), next.Sub(now))
+		}
+		now = next
+	}
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, memnet.New(1, memnet.Link{}), "1.2.3.4", Config{})
+		s.SetSTUN(f.stun)
+		synctest.Wait()
+		start := time.Now()
+		if ep, ok := ask(s); !ok || len(ep.Addrs) != 1 || time.Since(start) != 0 {
+			t.Errorf("%+v after %v", ep, time.Since(start))
+		}
+		time.Sleep(time.Minute) // a loop without a pause would never let it pass
+	})
+}
+
 // TestServerRelays: two clients over real sockets of the network, through the server.
 func TestServerRelays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
