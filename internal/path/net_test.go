@@ -337,10 +337,27 @@ func TestWireGuardOnly(t *testing.T) {
 		if b.byUDP != 1 || a.m.Path(b.key).Addr != at {
 			t.Fatalf("%d packets, %+v", b.byUDP, a.m.Path(b.key))
 		}
-		to := netip.MustParseAddrPort("4.4.4.4:4")
+		names := func(eps ...netip.AddrPort) netip.AddrPort {
+			a.m.UpsertPeer(PeerInfo{Key: b.key, WireGuardOnly: true, Endpoints: eps})
+			return a.m.Path(b.key).Addr
+		}
+		other, to := netip.MustParseAddrPort("3.3.3.3:3"), netip.MustParseAddrPort("4.4.4.4:4")
+		if got := names(other, at); got != at {
+			t.Errorf("control still names it: %v", got)
+		}
+		if got := names(other); got != other {
+			t.Errorf("control names another: %v", got)
+		}
+		if got := names(); got.IsValid() {
+			t.Errorf("control names none: %v", got)
+		}
+		names(at)
 		a.m.Peer(b.key).Heard(Source{Addr: to})
 		if pi := a.m.Path(b.key); pi.Addr != to {
 			t.Errorf("%+v", pi)
+		}
+		if got := names(other); got != to {
+			t.Errorf("control names another than where it was heard: %v", got)
 		}
 	})
 }

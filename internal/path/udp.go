@@ -32,7 +32,8 @@ type route struct {
 	hop
 	until int64 // since Manager.start
 	since time.Time
-	size  int // of the longest message that it is known to carry, 0: baseMessage
+	size  int  // of the longest message that it is known to carry, 0: baseMessage
+	named bool // a WireGuard-only peer's, by control
 }
 
 // tellEvery is how often the owner is told of traffic that goes on.
@@ -170,15 +171,22 @@ func (p *Peer) infoChanged(info *PeerInfo) {
 	if p.active.Load() {
 		p.tell(flagInfo)
 	}
-	if info.WireGuardOnly && p.route.Load() == nil {
-		v4, v6 := p.m.cfg.UDP.Ports()
-		for _, ap := range info.Endpoints {
-			if usable(ap) && (ap.Addr().Is4() && v4 != 0 || ap.Addr().Is6() && v6 != 0) {
-				p.route.Store(&route{hop: hop{addr: ap}, until: math.MaxInt64, since: time.Now()})
-				break
-			}
+	if !info.WireGuardOnly {
+		return
+	}
+	old := p.route.Load()
+	if old != nil && (!old.named || slices.Contains(info.Endpoints, old.addr)) {
+		return
+	}
+	var rt *route // nil: control names none now
+	v4, v6 := p.m.cfg.UDP.Ports()
+	for _, ap := range info.Endpoints {
+		if usable(ap) && (ap.Addr().Is4() && v4 != 0 || ap.Addr().Is6() && v6 != 0) {
+			rt = &route{hop: hop{addr: ap}, until: math.MaxInt64, since: time.Now(), named: true}
+			break
 		}
 	}
+	p.route.CompareAndSwap(old, rt) // unless it has just been heard elsewhere
 }
 
 // FromUDP takes the datagrams in b, each seg bytes but for the last, that came from src. socket tells the receive
