@@ -148,6 +148,7 @@ func (o *owner) handle(now time.Time, ev event) {
 		plain, err := disco.Open(o.plain[:0], &a.shared, ev.pkt)
 		if err != nil {
 			o.m.log.Debug("path: discovery message does not open", "peer", ev.p.key.ShortString())
+			o.run(now, a) // it may be new, and has to be forgotten in time
 			return
 		}
 		o.plain = plain

@@ -405,6 +405,35 @@ func TestPeersAreCheap(t *testing.T) {
 	runtime.KeepAlive(infos)
 }
 
+// TestMachinesAreForgotten: those too that were made for nothing.
+func TestMachinesAreForgotten(t *testing.T) {
+	o := newOwner(t, key.NewDisco(), &wire{})
+	now := time.Now()
+	info := func(home int) PeerInfo {
+		return PeerInfo{Key: key.NewNode().Public(), Disco: key.NewDisco().Public(), HomeRegion: home, Cap: relayCap}
+	}
+	// A message that does not open.
+	p := o.m.UpsertPeer(info(1))
+	forged := append(p.info.Load().Disco.AppendTo([]byte(disco.Magic)), make([]byte, 60)...)
+	o.handle(now, event{kind: evDisco, p: p, src: Source{Region: 1}, pkt: forged})
+	// Peer relays, of which one cannot be asked.
+	r1, r2 := o.m.UpsertPeer(info(1)), o.m.UpsertPeer(info(0))
+	o.m.SetPeerRelays(true, false, []key.NodePublic{r1.key, r2.key})
+	a := o.get(now, o.m.UpsertPeer(info(1)))
+	a.mc.askRelays(now)
+	o.run(now, a)
+	if o.active[p] == nil || len(a.asks) != 1 {
+		t.Fatalf("%d relays were asked", len(a.asks))
+	}
+	for range 10 {
+		now = now.Add(idleAfter)
+		o.tick(now)
+	}
+	if len(o.active) != 0 {
+		t.Errorf("%d machines are left, and %d of them ever due", len(o.active), len(o.due))
+	}
+}
+
 func TestConcurrentUse(t *testing.T) {
 	m, err := New(Config{NodeKey: key.NewNode().Public(), DiscoKey: key.NewDisco(), Relay: &fakeRelay{},
 		NewSink: func() Sink { return &nullSink{} }})

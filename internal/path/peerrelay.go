@@ -246,11 +246,14 @@ func (o *owner) askRelays(now time.Time, a *active) {
 		if n == maxAsked || len(a.asks) >= 2*maxAsked {
 			break
 		}
+		if r.region() == 0 {
+			continue
+		}
 		b := a
 		if r != a.p {
 			b = o.get(now, r)
 		}
-		if b == nil || r.region() == 0 {
+		if b == nil {
 			continue
 		}
 		n++
