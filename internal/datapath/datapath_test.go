@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -17,7 +20,10 @@ import (
 	"github.com/tailnode/tailnode/internal/errcode"
 	"github.com/tailnode/tailnode/internal/key"
 	"github.com/tailnode/tailnode/internal/netmap"
+	"github.com/tailnode/tailnode/internal/packet"
+	"github.com/tailnode/tailnode/internal/path"
 	"github.com/tailnode/tailnode/internal/tailcfg"
+	"github.com/tailnode/tailnode/internal/wg"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -221,6 +227,78 @@ func TestExpiredPeer(t *testing.T) {
 				t.Errorf("the first datagram that came: %q, %v", buf[:n], err)
 			}
 		})
+	}
+}
+
+// carried is a wg.Conduit whose messages somebody carries over by hand.
+type carried [][]byte
+
+func (c *carried) Send(b []byte, seg int) error {
+	for m := range slices.Chunk(b, seg) {
+		*c = append(*c, bytes.Clone(m))
+	}
+	return nil
+}
+
+// TestPeerIsComplete: a peer that one goroutine makes while another receives from it. The race detector sees it if the latter uses what is
+// not set yet.
+func TestPeerIsComplete(t *testing.T) {
+	at, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer at.Close()
+	at.SetDeadline(time.Now().Add(10 * time.Second))
+	src := at.LocalAddr().(*net.UDPAddr).AddrPort()
+	a := &end{t: t, id: 1, key: key.NewNode(), disco: key.NewDisco(), build: netmap.NewBuilder()}
+	a.a4, a.a6 = addrs(a.id)
+	c := &end{id: 2, key: key.NewNode(), disco: key.NewDisco()}
+	c.a4, c.a6 = addrs(c.id)
+	a.Engine, err = New(Config{NodeKey: a.key, DiscoKey: a.disco})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	n := c.node()
+	n.DiscoKey, n.HomeDERP, n.IsWireGuardOnly, n.Endpoints = key.DiscoPublic{}, 0, true, []netip.AddrPort{src}
+	a.tell(&tailcfg.MapResponse{Node: a.node(), Peers: []*tailcfg.Node{n}, PacketFilter: &allowAll})
+	dev, err := wg.NewDevice(wg.Config{PrivateKey: c.key, MTU: MTU})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	var out carried
+	p, err := dev.AddPeer(a.key.Public(), &out, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ping, err := packet.AppendTSMPPing(nil, c.a4, a.a4, [8]byte{1})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	tr := a.trans.Load()
+	made := make(chan struct{})
+	go func() { defer close(made); tr.peer(c.key.Public()) }()
+	defer func() { <-made }()
+	for tr.dev.Peer(c.key.Public()) == nil {
+		runtime.Gosched()
+	}
+	s := tr.newSink()
+	p.Send((*one)(&ping))
+	buf := make([]byte, 1500)
+	for _, what := range []string{"response", "pong"} {
+		for _, m := range out {
+			s.WireGuard(path.Source{Addr: src}, nil, m)
+		}
+		out = nil
+		k, _, err := at.ReadFrom(buf)
+		if err != nil {
+			t.Fatalf("no %s: %v", what, err)
+		}
+		if _, _, err := dev.Receive(nil, buf[:k], nil); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
 	}
 }
 

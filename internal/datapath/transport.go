@@ -3,6 +3,7 @@ package datapath
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/tailnode/tailnode/internal/derp/client"
 	"github.com/tailnode/tailnode/internal/key"
@@ -14,7 +15,7 @@ import (
 // transport is everything that is bound to one node key.
 type transport struct {
 	e      *Engine
-	dev    *wg.Device
+	dev    device
 	paths  *path.Manager
 	relays *client.Regions
 
@@ -31,20 +32,37 @@ type transport struct {
 type peer struct {
 	t      *transport
 	wg     *wg.Peer
+	ready  atomic.Bool // wg is set
 	path   *path.Peer
 	gather gather
 	disco  key.DiscoPublic // of the process that the session is with; guarded by t.mu
 	said   said
 }
 
+// device is a wg.Device whose peers can be used as soon as they come out of Receive.
+type device struct {
+	*wg.Device
+	t *transport
+}
+
+// Receive works as wg's, and waits for peer where that has made the sender known to wg and not yet set peer.wg.
+func (d device) Receive(dst, msg []byte, reply wg.Conduit) ([]byte, *wg.Peer, error) {
+	plain, w, err := d.Device.Receive(dst, msg, reply)
+	if w != nil {
+		if p, ok := w.Owner().(*peer); ok && !p.ready.Load() {
+			d.t.known(w.Public()) // takes the lock that peer holds
+		}
+	}
+	return plain, w, err
+}
+
 func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	t := &transport{e: e, peers: map[key.NodePublic]*peer{}}
-	var err error
 	var traffic func(bool)
 	if !e.cfg.Limits.KeepMemory {
 		traffic = e.reclaim.traffic
 	}
-	t.dev, err = wg.NewDevice(wg.Config{
+	dev, err := wg.NewDevice(wg.Config{
 		Traffic:    traffic,
 		StageBytes: e.cfg.Limits.StageMemory,
 		Workers:    e.cfg.Limits.Workers,
@@ -56,6 +74,7 @@ func (e *Engine) newTransport(k key.NodePrivate) (*transport, error) {
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
 	}
+	t.dev = device{dev, t}
 	feed := &relayFeed{t: t, told: e.cfg.RelayState}
 	t.relays = client.NewRegions(client.RegionsConfig{
 		PrivateKey: k,
@@ -128,6 +147,7 @@ func (t *transport) peer(pub key.NodePublic) *peer {
 		return nil
 	}
 	p.wg = w
+	p.ready.Store(true)
 	t.peers[pub] = p
 	return p
 }
