@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -216,6 +218,115 @@ func TestBadFiles(t *testing.T) {
 		}
 		s.Close()
 	})
+}
+
+// pagesOf calls f with each page of a kind that a database has.
+func pagesOf(b []byte, kind uint16, f func(id int, page []byte)) {
+	size := os.Getpagesize()
+	for id := 2; id < len(b)/size; id++ {
+		if p := b[id*size:]; ne.Uint64(p) == uint64(id) && ne.Uint16(p[8:]) == kind {
+			f(id, p[:size])
+		}
+	}
+}
+
+// TestDamagedPages damages single fields of pages, and bytes at random. An error must come of it, never a crash; what is
+// not noticed must be harmless.
+func TestDamagedPages(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open_(t, path)
+	for i := range 200 {
+		tk := s.Stage(Put(Nodes, fmt.Sprintf("%04d", i), strings.Repeat("x", 300+i%7*900)))
+		if i%40 == 0 {
+			tk.Wait()
+			s.Stage(Del(Nodes, fmt.Sprintf("%04d", i/2))).Wait()
+		}
+	}
+	s.Close()
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reopen := func(b []byte) error {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := Open(path)
+		if err != nil {
+			return err
+		}
+		for _, b := range buckets {
+			read(t, s, b)
+		}
+		return s.Close()
+	}
+	if err := reopen(whole); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		kind uint16
+		do   func(id int, page []byte)
+	}{
+		{"a key far away", leafPage, func(_ int, p []byte) { ne.PutUint32(p[pageHeader+4:], 0x7fff0000) }},
+		{"a long key", leafPage, func(_ int, p []byte) { ne.PutUint32(p[pageHeader+8:], 0x7fff0000) }},
+		{"a long value", leafPage, func(_ int, p []byte) { ne.PutUint32(p[pageHeader+12:], 0x7fff0000) }},
+		{"no key", leafPage, func(_ int, p []byte) { ne.PutUint32(p[pageHeader+8:], 0) }},
+		{"many records", leafPage, func(_ int, p []byte) { ne.PutUint16(p[10:], 0xffff) }},
+		{"a long page", leafPage, func(_ int, p []byte) { ne.PutUint32(p[12:], 0x7fff0000) }},
+		{"a bucket of nothing", leafPage, func(_ int, p []byte) { ne.PutUint32(p[pageHeader:], bucketFlag); ne.PutUint32(p[pageHeader+12:], 1) }},
+		{"a branch's key far away", branchPage, func(_ int, p []byte) { ne.PutUint32(p[pageHeader:], 0x7fff0000) }},
+		{"a branch that is its own child", branchPage, func(id int, p []byte) { ne.PutUint64(p[pageHeader+8:], uint64(id)) }},
+		{"a child beyond the end", branchPage, func(_ int, p []byte) { ne.PutUint64(p[pageHeader+8:], 1<<40) }},
+		{"an empty branch", branchPage, func(_ int, p []byte) { ne.PutUint16(p[10:], 0) }},
+		{"two children exchanged", branchPage, func(_ int, p []byte) {
+			a, b := p[pageHeader+8:], p[pageHeader+elementSize+8:]
+			x, y := ne.Uint64(a), ne.Uint64(b)
+			ne.PutUint64(a, y)
+			ne.PutUint64(b, x)
+		}},
+		{"a list of more free pages than there are", freelistPage, func(_ int, p []byte) { ne.PutUint16(p[10:], 0xffff); ne.PutUint64(p[pageHeader:], 1<<40) }},
+		{"a free page that is in use", freelistPage, func(id int, p []byte) { ne.PutUint16(p[10:], 1); ne.PutUint64(p[pageHeader:], uint64(id)) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			found := false
+			pagesOf(whole, c.kind, func(id int, _ []byte) {
+				if found { // a page before may have been a free one
+					return
+				}
+				b, size := slices.Clone(whole), os.Getpagesize()
+				c.do(id, b[id*size:(id+1)*size])
+				found = errors.Is(reopen(b), ErrForeign)
+			})
+			if !found {
+				t.Error("not noticed")
+			}
+		})
+	}
+	size, rounds := os.Getpagesize(), 150
+	if testing.Short() {
+		rounds = 30
+	}
+	for seed := range rounds {
+		r := rand.New(rand.NewPCG(uint64(seed), 1))
+		b, pages := slices.Clone(whole), len(whole)/size
+		switch seed % 3 {
+		case 0: // some bytes
+			for range 1 + r.IntN(4) {
+				b[2*size+r.IntN(len(b)-2*size)] ^= byte(1 + r.IntN(255))
+			}
+		case 1: // some bytes of page headers or elements
+			for range 1 + r.IntN(3) {
+				b[(2+r.IntN(pages-2))*size+r.IntN(64)] ^= byte(1 + r.IntN(255))
+			}
+		case 2: // a page in the place of another
+			p, q := 2+r.IntN(pages-2), 2+r.IntN(pages-2)
+			copy(b[p*size:(p+1)*size], whole[q*size:])
+		}
+		if err := reopen(b); err != nil && !errors.Is(err, ErrForeign) {
+			t.Errorf("seed %d: %v", seed, err)
+		}
+	}
 }
 
 // child writes for ever and prints what was acknowledged.
