@@ -584,6 +584,21 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestNotStored registers while the store takes nothing. The request must not be acknowledged when it is repeated,
+// though by then the server knows the node.
+func TestNotStored(t *testing.T) {
+	s := startServer(t, &Server{Dir: t.TempDir()})
+	k := newKey(t, s, AuthKeyOptions{})
+	p := newPeer(t, s, "p")
+	must(t, s.store.Close())
+	for range 2 {
+		res, err := p.registerRaw(tailcfg.RegisterRequest{Auth: &tailcfg.RegisterResponseAuth{AuthKey: k}})
+		if err == nil || !strings.HasPrefix(err.Error(), "500 ") {
+			t.Errorf("%+v, %v", res, err)
+		}
+	}
+}
+
 func TestClose(t *testing.T) {
 	var never Server
 	must(t, never.Close())

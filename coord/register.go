@@ -158,7 +158,7 @@ func (s *Server) registerLocked(m key.MachinePublic, req *registration, now time
 	logout := !req.Expiry.IsZero() && req.Expiry.Before(now)
 	switch {
 	case n == nil && logout: // it is gone already
-		return &tailcfg.RegisterResponse{NodeKeyExpired: true}, none, nil
+		return &tailcfg.RegisterResponse{NodeKeyExpired: true}, s.store.Stage(), nil
 	case n != nil && logout:
 		s.log.Info("node logged out", "node", n.rec.Name)
 		if n.rec.Ephemeral {
@@ -181,7 +181,7 @@ func (s *Server) registerLocked(m key.MachinePublic, req *registration, now time
 			changes = append(changes, n.put(), n.putLive())
 		}
 		s.changed()
-		return s.answer(n, now), s.store.Stage(changes...), nil
+		return s.answer(n, now), s.store.Stage(changes...), nil // if nothing changed, its first registration must still be stored
 	}
 
 	if req.Auth != nil && req.Auth.AuthKey != "" {

@@ -95,6 +95,7 @@ type Store struct {
 
 	mu     sync.Mutex
 	next   *group // being filled
+	cur    *group // being committed
 	err    error  // a commit failed: nothing more is accepted
 	closed bool
 	kick   chan struct{} // capacity 1: next became urgent
@@ -133,14 +134,15 @@ func (s *Store) Load(b Bucket, f func(key string, value []byte) error) error {
 }
 
 // Stage adds changes that must be durable before they are acknowledged: wait for the ticket.
-// A later change of the same record replaces one that is not yet committed.
+// A later change of the same record replaces one that is not yet committed. Without changes the
+// ticket stands for all that was staged so before.
 func (s *Store) Stage(changes ...Change) Ticket { return s.stage(true, changes) }
 
 // StageLazy adds changes that may be lost if the process dies within [LazyDelay].
 func (s *Store) StageLazy(changes ...Change) { s.stage(false, changes) }
 
 func (s *Store) stage(urgent bool, changes []Change) Ticket {
-	if s.db == nil || len(changes) == 0 {
+	if s.db == nil {
 		return Ticket{}
 	}
 	recs := make(map[recKey][]byte, len(changes))
@@ -161,6 +163,12 @@ func (s *Store) stage(urgent bool, changes []Change) Ticket {
 		return failed(s.err)
 	case s.closed:
 		return failed(fmt.Errorf("coordstore: %w", ErrClosed))
+	}
+	if len(changes) == 0 {
+		if s.next != nil && s.next.urgent {
+			return Ticket{s.next}
+		}
+		return Ticket{s.cur}
 	}
 	g := s.next
 	if g == nil {
@@ -205,7 +213,7 @@ func (s *Store) run() {
 func (s *Store) commit() {
 	s.mu.Lock()
 	g := s.next
-	s.next = nil
+	s.next, s.cur = nil, g
 	err := s.err
 	s.mu.Unlock()
 	if g == nil {
@@ -229,13 +237,14 @@ func (s *Store) commit() {
 		})
 		if err != nil {
 			err = fmt.Errorf("coordstore: commit: %w", err)
-			// What the server holds in memory is now ahead of the disk. Nothing may be
-			// acknowledged from here on.
-			s.mu.Lock()
-			s.err = err
-			s.mu.Unlock()
 		}
 	}
+	s.mu.Lock()
+	s.cur = nil
+	// After an error what the server holds in memory is ahead of the disk. Nothing may be
+	// acknowledged from here on.
+	s.err = err
+	s.mu.Unlock()
 	g.err = err
 	close(g.done)
 }

@@ -122,6 +122,36 @@ func TestTogether(t *testing.T) {
 	}
 }
 
+// TestNoChanges stages nothing: the ticket stands for what was staged before, and tells of a store that has failed.
+func TestNoChanges(t *testing.T) {
+	s := open_(t, filepath.Join(t.TempDir(), "db"))
+	if err := s.Stage().Wait(); err != nil {
+		t.Error(err)
+	}
+	tx, err := s.db.Begin(true) // commits wait for its end
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := s.Stage(Put(Nodes, "1", 1))
+	again := s.Stage()
+	if again != first {
+		t.Error("nothing to wait for while a write is pending")
+	}
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Wait(); err != nil {
+		t.Error(err)
+	}
+	s.db.Close() // the next commit fails
+	if err := s.Stage(Put(Nodes, "2", 2)).Wait(); err == nil {
+		t.Fatal("the store does not fail")
+	}
+	if err := s.Stage().Wait(); err == nil || err != s.Err() {
+		t.Errorf("after a failed commit: %v", err)
+	}
+}
+
 func TestInUse(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
 	open_(t, path)
