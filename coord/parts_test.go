@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -289,16 +291,52 @@ func TestParseDERPMap(t *testing.T) {
 	}
 }
 
-// TestLoginFlood fills the list of waiting logins from one address.
+// TestLoginFlood fills the list of waiting logins from one address, and from many. Who comes then is asked to wait: a refusal
+// would be final. Logins that were decided do not count.
 func TestLoginFlood(t *testing.T) {
 	s := startServer(t, &Server{})
 	p := newPeer(t, s, "p")
-	refused := ""
-	for range maxLoginsFrom + 1 {
-		refused = p.register(tailcfg.RegisterRequest{NodeKey: key.NewNode().Public()}).Error
+	var urls []string
+	for range maxLoginsFrom {
+		urls = append(urls, p.register(tailcfg.RegisterRequest{NodeKey: key.NewNode().Public()}).AuthURL)
 	}
-	if !strings.Contains(refused, "too many logins") {
-		t.Errorf("Error = %q", refused)
+	q := newPeer(t, s, "q")
+	put := func(words string) {
+		t.Helper()
+		res, err := q.post(t.Context(), "/machine/register", tailcfg.RegisterRequest{Version: q.ver, NodeKey: q.key.Public()})
+		must(t, err)
+		defer res.Body.Close()
+		if text := string(must2(io.ReadAll(res.Body))); res.StatusCode != 429 || res.Header.Get("Retry-After") == "" || !strings.Contains(text, words) {
+			t.Errorf("%s, %v: %s", res.Status, res.Header, text)
+		}
+	}
+	put("too many logins from this address")
+	must(t, s.RejectLogin(urls[0]))
+	res := q.register(tailcfg.RegisterRequest{})
+	if res.AuthURL == "" {
+		t.Fatalf("after one was decided: %+v", res)
+	}
+
+	s.mu.Lock()
+	for _, l := range s.logins {
+		l.req.from = netip.MustParsePrefix("192.0.2.1/32")
+	}
+	for i := range maxLogins {
+		s.logins[strconv.Itoa(i)] = &login{req: &registration{}, done: make(chan struct{}), expires: time.Now().Add(time.Hour)}
+	}
+	s.mu.Unlock()
+	if again := q.register(tailcfg.RegisterRequest{}); again.AuthURL != res.AuthURL {
+		t.Errorf("one that waits already: %+v", again)
+	}
+	q.key = key.NewNode()
+	put("too many logins are waiting")
+	s.mu.Lock()
+	for _, l := range s.logins {
+		l.finish(loginRejected)
+	}
+	s.mu.Unlock()
+	if res := q.register(tailcfg.RegisterRequest{}); res.AuthURL == "" {
+		t.Errorf("after all were decided: %+v", res)
 	}
 }
 

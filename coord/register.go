@@ -30,6 +30,7 @@ const (
 	maxLogins       = 1000 // logins waiting for approval
 	maxLoginsFrom   = 100  // those from one address
 	loginLifetime   = 15 * time.Minute
+	loginRetry      = time.Minute // when to ask again if there are too many
 	keyPrefix       = "tnkey-auth-"
 	maxNodes        = 100_000
 )
@@ -87,12 +88,16 @@ type refusal string
 
 func (e refusal) Error() string { return string(e) }
 
+// busy is an error that passes with time. Clients take a refusal for final.
+type busy string
+
+func (e busy) Error() string { return string(e) }
+
 // serveRegister answers POST /machine/register (docs/protocol/control.md § POST /machine/register).
 func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 	from := remoteIP(r)
 	if wait := s.failures.Blocked(from, time.Now()); wait > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(wait/time.Second)+1))
-		http.Error(w, "too many refused registrations from this address; wait a little", http.StatusTooManyRequests)
+		tooMany(w, wait, "too many refused registrations from this address; wait a little")
 		return
 	}
 	req := new(registration)
@@ -110,6 +115,11 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 	}
 	req.from = throttle.Group(from)
 	resp, err := s.register(r, channel.Machine(r), req)
+	if b, ok := err.(busy); ok {
+		s.log.Info("registration put off", "from", from, "host", req.hostname(), "reason", string(b))
+		tooMany(w, loginRetry, string(b))
+		return
+	}
 	if err != nil {
 		text, ok := err.(refusal)
 		if !ok {
@@ -124,6 +134,12 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request) {
 	if resp != nil {
 		writeJSON(w, resp)
 	}
+}
+
+// tooMany asks the client to wait.
+func tooMany(w http.ResponseWriter, wait time.Duration, why string) {
+	w.Header().Set("Retry-After", strconv.Itoa(int(wait/time.Second)+1))
+	http.Error(w, why, http.StatusTooManyRequests)
 }
 
 // register decides on a registration. A nil response without an error means that the client went away.
@@ -208,20 +224,24 @@ func (s *Server) registerLocked(m key.MachinePublic, req *registration, now time
 	}
 
 	// Somebody has to vouch for it.
-	if len(s.logins) >= maxLogins {
-		return nil, none, refusal("too many logins are waiting for approval; try again later")
-	}
-	same := 0
+	pending, same := 0, 0
 	for _, l := range s.logins {
-		if l.machine == m && l.req.NodeKey == req.NodeKey && l.outcome == loginPending {
+		if l.outcome != loginPending {
+			continue
+		}
+		if l.machine == m && l.req.NodeKey == req.NodeKey {
 			return &tailcfg.RegisterResponse{AuthURL: s.loginURL(l.id)}, none, nil
 		}
-		if l.req.from == req.from && l.outcome == loginPending {
+		pending++
+		if l.req.from == req.from {
 			same++
 		}
 	}
+	if pending >= maxLogins {
+		return nil, none, busy("too many logins are waiting for approval; try again later")
+	}
 	if same >= maxLoginsFrom {
-		return nil, none, refusal("too many logins from this address are waiting for approval; try again later")
+		return nil, none, busy("too many logins from this address are waiting for approval; try again later")
 	}
 	for _, tag := range req.requestTags() {
 		if !validTag(tag) {
