@@ -138,9 +138,14 @@ func TestInteractive(t *testing.T) {
 	if x := p.stream(); x.self.Name != "laptop.tailnode.internal." {
 		t.Errorf("name %q", x.self.Name)
 	}
-	// Rejected.
+	// Rejected. The page tells which tags are asked for.
 	q := newPeer(t, s, "q")
-	url := q.register(tailcfg.RegisterRequest{}).AuthURL
+	hi := q.hostinfo()
+	hi.RequestTags = []string{"tag:a", "tag:b"}
+	url := q.register(tailcfg.RegisterRequest{Hostinfo: hi}).AuthURL
+	if page := get(t, url); !strings.Contains(page, "tag:a, tag:b") {
+		t.Errorf("page: %s", page)
+	}
 	must(t, s.RejectLogin(url))
 	if r := q.register(tailcfg.RegisterRequest{Followup: url}); r.Error == "" {
 		t.Errorf("rejected: %+v", r)

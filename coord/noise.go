@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"strings"
 
 	"github.com/tailnode/tailnode/internal/tailcfg"
 )
@@ -118,6 +119,10 @@ func (s *Server) servePage(w http.ResponseWriter, r *http.Request) {
 		text = "To let the node \u201c" + l.req.hostname() + "\u201d into the tailnet, its administrator runs:"
 	}
 	pending := l != nil && l.outcome == loginPending
+	tags := ""
+	if pending {
+		tags = strings.Join(l.req.requestTags(), ", ")
+	}
 	s.mu.Unlock()
 	if l == nil {
 		w.WriteHeader(http.StatusNotFound)
@@ -125,6 +130,9 @@ func (s *Server) servePage(w http.ResponseWriter, r *http.Request) {
 	body := "<p>" + html.EscapeString(text) + "</p>"
 	if pending {
 		body += "<pre>tailnode control approve " + html.EscapeString(id) + "</pre><p>The node goes on by itself then.</p>"
+		if tags != "" {
+			body += "<p>It asks for the tags " + html.EscapeString(tags) + ", which it gets if <code>--requested-tags</code> is added.</p>"
+		}
 	}
 	io.WriteString(w, `<!doctype html><meta charset="utf-8"><title>Join the tailnet</title>`+
 		`<style>body{font:16px/1.5 sans-serif;max-width:40em;margin:4em auto;padding:0 1em}pre{background:#eee;padding:1em}</style>`+

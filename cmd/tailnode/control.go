@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -89,15 +90,12 @@ func (a *app) controlCommand() *cli.Command {
 					if err != nil || c.Bool("json") {
 						return cmp.Or(err, printJSON(a.out, ls))
 					}
-					return table(a, "ID\tHOST\tOS\tEXPIRES", ls, func(l coord.Login) string {
-						return fmt.Sprintf("%s\t%s\t%s\t%s", l.ID, l.Hostname, l.OS, date(l.Expires))
+					return table(a, "ID\tHOST\tOS\tTAGS\tEXPIRES", ls, func(l coord.Login) string {
+						return fmt.Sprintf("%s\t%s\t%s\t%s\t%s", l.ID, l.Hostname, l.OS, cmp.Or(strings.Join(l.RequestTags, ","), "-"), date(l.Expires))
 					})
 				}),
 			},
-			a.oneArg("approve", "LOGIN", "let in a node that shows a login URL; LOGIN is the URL or its last part",
-				func(ctx context.Context, ad *coord.Admin, id string) error {
-					return ad.ApproveLogin(ctx, id, coord.ApproveOptions{})
-				}),
+			a.approveCommand(),
 			a.oneArg("reject", "LOGIN", "refuse a login", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RejectLogin(ctx, id) }),
 		},
 	}
@@ -195,6 +193,47 @@ func (a *app) authKeyCommand() *cli.Command {
 			_, err = fmt.Fprintln(a.out, k)
 			return err
 		}),
+	}
+}
+
+func (a *app) approveCommand() *cli.Command {
+	return &cli.Command{
+		Name: "approve", Usage: "let in a node that shows a login URL; LOGIN is the URL or its last part", ArgsUsage: "LOGIN",
+		Description: "The node gets the tags that --tag names and no others: those that it asks for, which\n" +
+			"\"tailnode control logins\" shows, only with --requested-tags.",
+		Flags: []cli.Flag{
+			&cli.StringSliceFlag{Name: "tag", Usage: "`tag:NAME` that the node gets; may be repeated"},
+			&cli.BoolFlag{Name: "requested-tags", Usage: "the node gets the tags that it asks for"},
+		},
+		Action: func(ctx context.Context, c *cli.Command) error {
+			if c.NArg() != 1 {
+				return usagef("approve takes one argument: LOGIN")
+			}
+			o := coord.ApproveOptions{Tags: append([]string{}, c.StringSlice("tag")...)} // nil would be what the node asks for
+			if c.Bool("requested-tags") {
+				if len(o.Tags) > 0 {
+					return usagef("--tag and --requested-tags exclude each other")
+				}
+				o.Tags = nil
+			}
+			return a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
+				login := c.Args().First()
+				waiting, err := ad.PendingLogins(ctx) // before: afterwards it is none of them
+				if err != nil {
+					return err
+				}
+				if err := ad.ApproveLogin(ctx, login, o); err != nil || o.Tags == nil {
+					return err
+				}
+				for _, l := range waiting {
+					refused := slices.DeleteFunc(l.RequestTags, func(tag string) bool { return slices.Contains(o.Tags, tag) })
+					if (l.ID == login || l.URL == login) && len(refused) > 0 {
+						fmt.Fprintf(a.err, "note: %s asked for %s and did not get that: --requested-tags or --tag grants tags\n", l.Hostname, strings.Join(refused, ","))
+					}
+				}
+				return nil
+			})(ctx, c)
+		},
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -293,6 +294,48 @@ func TestControl(t *testing.T) {
 	stop()
 }
 
+// TestApproveTags lets nodes in that ask for a tag. They get what the administrator says, and no more.
+func TestApproveTags(t *testing.T) {
+	dir := t.TempDir()
+	cs := &coord.Server{Dir: dir}
+	if err := cs.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer cs.Close()
+	defer http.DefaultClient.CloseIdleConnections()
+	for i, c := range []struct {
+		flags []string
+		tags  []string
+		says  string
+	}{
+		{nil, nil, "asked for tag:admin and did not get that"},
+		{[]string{"--tag", "tag:web", "--tag", "tag:db"}, []string{"tag:web", "tag:db"}, "asked for tag:admin and did not get that"},
+		{[]string{"--tag", "tag:admin"}, []string{"tag:admin"}, ""},
+		{[]string{"--requested-tags"}, []string{"tag:admin"}, ""},
+	} {
+		name := fmt.Sprintf("n%d", i)
+		node := &tailnode.Server{Hostname: name, ControlURL: cs.BaseURL(), Store: tailnode.NewMemoryStore(), AdvertiseTags: []string{"tag:admin"}}
+		urls := newOutput()
+		node.UserLogf = func(format string, args ...any) { fmt.Fprintf(urls, format+"\n", args...) }
+		if err := node.Start(); err != nil {
+			t.Fatal(err)
+		}
+		text := urls.await(t, cs.BaseURL()+"/register/")
+		login := strings.Fields(text[strings.Index(text, cs.BaseURL()+"/register/"):])[0]
+		if code, out, errs := command(t, "", "control", "logins", "--dir", dir); code != 0 || !strings.Contains(out, "tag:admin") {
+			t.Errorf("logins: exit code %d: %s%s", code, out, errs)
+		}
+		code, _, errs := command(t, "", append(append([]string{"control", "approve", "--dir", dir}, c.flags...), login)...)
+		if code != 0 || c.says == "" && errs != "" || !strings.Contains(errs, c.says) {
+			t.Errorf("approve %v: exit code %d, said %q", c.flags, code, errs)
+		}
+		if n, err := cs.Node(name); err != nil || !slices.Equal(n.Tags, c.tags) {
+			t.Errorf("approve %v: tags %v, %v", c.flags, n.Tags, err)
+		}
+		node.Close()
+	}
+}
+
 func TestRelay(t *testing.T) {
 	out, stop := background(t, "relay", "--addr", "127.0.0.1:0", "--stun-addr", "127.0.0.1:0", "--json")
 	text := out.await(t, "}\n")
@@ -323,6 +366,7 @@ func TestUsage(t *testing.T) {
 		{[]string{"ping"}, exitUsage, "one argument"},
 		{[]string{"relay", "--cert", "x"}, exitUsage, "--key"},
 		{[]string{"control", "nonsense"}, exitUsage, "nonsense"},
+		{[]string{"control", "approve", "--tag", "tag:x", "--requested-tags", "y"}, exitUsage, "exclude each other"},
 		{[]string{"up", "--dir", dir, "--control-url", "ftp://x"}, exitUsage, "ftp://x"},
 		{[]string{"up", "--dir", dir, "--relay-server-static-endpoints", "1.2.3.4:5"}, exitUsage, "--relay-server-port"},
 		{[]string{"up", "--dir", dir, "--relay-server-port", "0", "--relay-server-static-endpoints", "1.2.3.4"}, exitUsage, "1.2.3.4"},
