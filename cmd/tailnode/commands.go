@@ -31,7 +31,7 @@ func (a *app) upCommand() *cli.Command {
 		Flags: nodeFlags(jsonFlag(),
 			&cli.Uint16Flag{Name: "relay-server-port", Usage: "relay for other nodes (a peer relay) on this UDP `PORT`; 0 lets the system choose"},
 			&cli.StringSliceFlag{Name: "relay-server-static-endpoints", Usage: "`ADDRESS:PORT` at which that relay can be reached beside what it finds out; may be repeated"}),
-		Action: func(ctx context.Context, c *cli.Command) error {
+		Action: noArgs(func(ctx context.Context, c *cli.Command) error {
 			s, err := a.newServer(c)
 			if err != nil {
 				return err
@@ -51,7 +51,7 @@ func (a *app) upCommand() *cli.Command {
 			fmt.Fprintln(a.err, "The node stays until you press Ctrl-C.")
 			<-ctx.Done()
 			return nil
-		},
+		}),
 	}
 }
 
@@ -228,7 +228,7 @@ func (a *app) statusCommand() *cli.Command {
 		Usage:       "show this node and its tailnet",
 		Description: "Asks the node that another tailnode process holds in --dir, or joins for a moment.",
 		Flags:       nodeFlags(jsonFlag()),
-		Action: func(ctx context.Context, c *cli.Command) error {
+		Action: noArgs(func(ctx context.Context, c *cli.Command) error {
 			n, release, err := a.attach(ctx, c)
 			if err != nil {
 				return err
@@ -239,7 +239,7 @@ func (a *app) statusCommand() *cli.Command {
 				return err
 			}
 			return a.printStatus(c, st)
-		},
+		}),
 	}
 }
 
@@ -341,6 +341,9 @@ func (a *app) pingCommand() *cli.Command {
 			if c.NArg() != 1 {
 				return usagef("ping takes one argument, a node's name or address")
 			}
+			if c.Int("count") < 0 {
+				return usagef("--count cannot be below 0")
+			}
 			n, release, err := a.attach(ctx, c)
 			if err != nil {
 				return err
@@ -403,10 +406,11 @@ func (a *app) pings(ctx context.Context, c *cli.Command, n joined, ip netip.Addr
 		if ctx.Err() != nil {
 			return nil
 		}
-		if e, ok := errors.AsType[*tailnode.Error](err); ok && e.Code != tailnode.CodeTimeout {
-			return err
-		}
 		if err != nil {
+			e, ok := errors.AsType[*tailnode.Error](err)
+			if timeout := ok && e.Code == tailnode.CodeTimeout || !ok && errors.Is(err, context.DeadlineExceeded); !timeout {
+				return err
+			}
 			last = &tailnode.Error{Op: "ping", Code: tailnode.CodeTimeout, Err: fmt.Errorf("no reply from %v within %v", ip, c.Duration("wait"))}
 			fmt.Fprintln(a.err, text(last))
 			continue

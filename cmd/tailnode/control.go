@@ -57,7 +57,7 @@ func (a *app) controlCommand() *cli.Command {
 			a.authKeyCommand(),
 			{
 				Name: "auth-keys", Usage: "list the auth keys", Flags: []cli.Flag{jsonFlag()},
-				Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
+				Action: noArgs(a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 					ks, err := ad.ListAuthKeys(ctx)
 					if err != nil || c.Bool("json") {
 						return cmp.Or(err, printJSON(a.out, ks))
@@ -65,12 +65,12 @@ func (a *app) controlCommand() *cli.Command {
 					return table(a, "ID\tUSER\tUSES\tEXPIRES\tKIND", ks, func(k coord.AuthKey) string {
 						return fmt.Sprintf("%s\t%s\t%d\t%s\t%s", k.ID, k.User, k.Uses, date(k.Expires), keyKind(k))
 					})
-				}),
+				})),
 			},
 			a.oneArg("revoke", "KEY-ID", "revoke an auth key; its nodes stay", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RevokeAuthKey(ctx, id) }),
 			{
 				Name: "nodes", Usage: "list the nodes", Flags: []cli.Flag{jsonFlag()},
-				Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
+				Action: noArgs(a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 					ns, err := ad.Nodes(ctx)
 					if err != nil || c.Bool("json") {
 						return cmp.Or(err, printJSON(a.out, ns))
@@ -78,14 +78,14 @@ func (a *app) controlCommand() *cli.Command {
 					return table(a, "ID\tNAME\tADDRESS\tOWNER\tSTATE", ns, func(n coord.Node) string {
 						return fmt.Sprintf("%s\t%s\t%v\t%s\t%s", n.ID, n.Name, n.Addrs, cmp.Or(strings.Join(n.Tags, ","), n.User), nodeState(n))
 					})
-				}),
+				})),
 			},
 			a.oneArg("delete", "NODE", "remove a node", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.DeleteNode(ctx, id) }),
 			a.oneArg("expire", "NODE", "make a node log in again", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.ExpireNode(ctx, id) }),
 			a.oneArg("approve-node", "NODE", "approve a machine that waits for it", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.ApproveNode(ctx, id) }),
 			{
 				Name: "logins", Usage: "list the logins that wait for approval", Flags: []cli.Flag{jsonFlag()},
-				Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
+				Action: noArgs(a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 					ls, err := ad.PendingLogins(ctx)
 					if err != nil || c.Bool("json") {
 						return cmp.Or(err, printJSON(a.out, ls))
@@ -93,7 +93,7 @@ func (a *app) controlCommand() *cli.Command {
 					return table(a, "ID\tHOST\tOS\tTAGS\tEXPIRES", ls, func(l coord.Login) string {
 						return fmt.Sprintf("%s\t%s\t%s\t%s\t%s", l.ID, l.Hostname, l.OS, cmp.Or(strings.Join(l.RequestTags, ","), "-"), date(l.Expires))
 					})
-				}),
+				})),
 			},
 			a.approveCommand(),
 			a.oneArg("reject", "LOGIN", "refuse a login", func(ctx context.Context, ad *coord.Admin, id string) error { return ad.RejectLogin(ctx, id) }),
@@ -179,7 +179,7 @@ func (a *app) authKeyCommand() *cli.Command {
 			&cli.StringFlag{Name: "user", Usage: "`USER` whose nodes they are", Value: coord.DefaultUser},
 			&cli.DurationFlag{Name: "expiry", Usage: "how long it may be used (`TIME`)", Value: coord.DefaultAuthKeyExpiry},
 		},
-		Action: a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
+		Action: noArgs(a.admin(func(ctx context.Context, c *cli.Command, ad *coord.Admin) error {
 			k, err := ad.CreateAuthKey(ctx, coord.AuthKeyOptions{
 				User: c.String("user"), Reusable: c.Bool("reusable"), Ephemeral: c.Bool("ephemeral"),
 				Preauthorized: true, Tags: c.StringSlice("tag"), Expiry: c.Duration("expiry"),
@@ -192,7 +192,7 @@ func (a *app) authKeyCommand() *cli.Command {
 			}
 			_, err = fmt.Fprintln(a.out, k)
 			return err
-		}),
+		})),
 	}
 }
 

@@ -39,7 +39,7 @@ func (a *app) demoCommand() *cli.Command {
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "say on standard error what goes on inside"},
 			jsonFlag(),
 		},
-		Action: func(ctx context.Context, c *cli.Command) error {
+		Action: noArgs(func(ctx context.Context, c *cli.Command) error {
 			d := &demo{app: a, quiet: c.Bool("json"), start: time.Now()}
 			if c.Bool("verbose") {
 				d.log = slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -59,7 +59,7 @@ func (a *app) demoCommand() *cli.Command {
 				return nil
 			}
 			return d.stay(ctx)
-		},
+		}),
 	}
 }
 

@@ -68,9 +68,7 @@ func run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) 
 			return cli.ShowAppHelp(c)
 		},
 	}
-	for _, c := range root.Commands {
-		c.OnUsageError = root.OnUsageError
-	}
+	root.Walk(func(c *cli.Command) error { c.OnUsageError = root.OnUsageError; return nil }) // it is not inherited
 	err := root.Run(ctx, args)
 	if err == nil {
 		return 0
@@ -85,6 +83,16 @@ func run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) 
 type usageError struct{ error }
 
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// noArgs is do for a command without arguments.
+func noArgs(do cli.ActionFunc) cli.ActionFunc {
+	return func(ctx context.Context, c *cli.Command) error {
+		if c.Args().Present() {
+			return usagef("%s takes no argument, and %q is one", c.Name, c.Args().First())
+		}
+		return do(ctx, c)
+	}
+}
 
 // text is the error without the library's own prefix, which the command's name stands for.
 func text(err error) string {

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/urfave/cli/v3"
 	"go.uber.org/goleak"
 
 	"github.com/tailnode/tailnode"
@@ -348,6 +351,90 @@ func TestRelay(t *testing.T) {
 	}
 }
 
+// TestWaits gives up on a node that somebody has to let in first: that is not just a time-out.
+func TestWaits(t *testing.T) {
+	cs := &coord.Server{RequireMachineApproval: true}
+	if err := cs.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer cs.Close()
+	key, err := cs.CreateAuthKey(coord.AuthKeyOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ key, state, says string }{
+		{"", "NeedsLogin", "/register/"},
+		{key, "NeedsMachineAuth", "approve this machine"},
+	} {
+		s := &tailnode.Server{Hostname: "n", ControlURL: cs.BaseURL(), AuthKey: c.key, Store: tailnode.NewMemoryStore(), UserLogf: t.Logf}
+		defer s.Close()
+		if err := s.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lc, err := s.LocalClient()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.After(30 * time.Second); ; {
+			changed, err := lc.Changed()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st, err := lc.StatusWithoutPeers(t.Context()); err == nil && st.BackendState == c.state {
+				break
+			}
+			select {
+			case <-changed:
+			case <-deadline:
+				t.Fatalf("%s does not come", c.state)
+			}
+		}
+		a := &app{in: strings.NewReader(""), out: io.Discard, err: io.Discard}
+		cmd := a.upCommand()
+		cmd.Action = func(ctx context.Context, cmd *cli.Command) error {
+			_, err := a.up(ctx, cmd, s)
+			return err
+		}
+		if err := cmd.Run(t.Context(), []string{"up", "--timeout", "1ms"}); err == nil || exitCode(err) != exitAuth || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v", c.state, err)
+		}
+	}
+}
+
+// failing is a node whose pings fail.
+type failing struct {
+	joined
+	err error
+}
+
+func (f failing) Ping(context.Context, netip.Addr, tailnode.PingType) (*tailnode.PingResult, error) {
+	return nil, f.err
+}
+
+// TestPingErrors: a reply that does not come is counted, any other error ends the command.
+func TestPingErrors(t *testing.T) {
+	refused := &tailnode.Error{Op: "ping", Code: tailnode.CodeUnreachable, Err: errors.New("no such node")}
+	for _, c := range []struct {
+		err  error
+		code int
+		says string
+	}{
+		{&tailnode.Error{Op: "ping", Code: tailnode.CodeTimeout, Err: context.DeadlineExceeded}, exitTimeout, "no reply"},
+		{context.DeadlineExceeded, exitTimeout, "no reply"},
+		{fmt.Errorf("the node that runs: %w", io.ErrUnexpectedEOF), exitFailure, "unexpected EOF"},
+		{refused, exitUnreachable, "no such node"},
+	} {
+		a := &app{in: strings.NewReader(""), out: io.Discard, err: io.Discard}
+		cmd := a.pingCommand()
+		cmd.Action = func(ctx context.Context, cmd *cli.Command) error {
+			return a.pings(ctx, cmd, failing{err: c.err}, netip.MustParseAddr("100.64.0.9"))
+		}
+		if err := cmd.Run(t.Context(), []string{"ping", "-c", "1"}); err == nil || exitCode(err) != c.code || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%v: %v", c.err, err)
+		}
+	}
+}
+
 func TestUsage(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct {
@@ -364,6 +451,18 @@ func TestUsage(t *testing.T) {
 		{[]string{"serve", "no/such/folder"}, exitUsage, "no/such/folder"},
 		{[]string{"nc", "x"}, exitUsage, "two arguments"},
 		{[]string{"ping"}, exitUsage, "one argument"},
+		{[]string{"ping", "--count", "-1", "x"}, exitUsage, "--count"},
+		{[]string{"up", "extra"}, exitUsage, `"extra"`},
+		{[]string{"status", "extra"}, exitUsage, `"extra"`},
+		{[]string{"demo", "extra"}, exitUsage, `"extra"`},
+		{[]string{"relay", "extra"}, exitUsage, `"extra"`},
+		{[]string{"netcheck", "extra"}, exitUsage, `"extra"`},
+		{[]string{"control", "auth-key", "extra"}, exitUsage, `"extra"`},
+		{[]string{"control", "auth-keys", "extra"}, exitUsage, `"extra"`},
+		{[]string{"control", "nodes", "extra"}, exitUsage, `"extra"`},
+		{[]string{"control", "logins", "extra"}, exitUsage, `"extra"`},
+		{[]string{"control", "auth-key", "--nonsense"}, exitUsage, "nonsense"},
+		{[]string{"control", "approve", "--nonsense"}, exitUsage, "nonsense"},
 		{[]string{"relay", "--cert", "x"}, exitUsage, "--key"},
 		{[]string{"control", "nonsense"}, exitUsage, "nonsense"},
 		{[]string{"control", "approve", "--tag", "tag:x", "--requested-tags", "y"}, exitUsage, "exclude each other"},

@@ -37,14 +37,11 @@ func (a *app) netcheckCommand() *cli.Command {
 			&cli.StringFlag{Name: "derp-map", Usage: "measure the relays of this `FILE` or URL of a DERP map (JSON)"},
 			&cli.BoolFlag{Name: "no-port-map", Usage: "do not ask the router whether it maps ports"},
 			&cli.DurationFlag{Name: "wait", Value: netcheck.DefaultFullTimeout, Usage: "`TIME` to wait for answers"}),
-		Action: a.netcheck,
+		Action: noArgs(a.netcheck),
 	}
 }
 
 func (a *app) netcheck(ctx context.Context, c *cli.Command) error {
-	if c.NArg() != 0 {
-		return usagef("netcheck takes no argument")
-	}
 	raw, source, n, release, err := a.relayMap(ctx, c)
 	defer release()
 	if err != nil {

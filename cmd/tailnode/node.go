@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -77,6 +78,7 @@ func (a *app) newServer(c *cli.Command) (*tailnode.Server, error) {
 
 // up brings s onto the tailnet, showing that it is being waited for.
 func (a *app) up(ctx context.Context, c *cli.Command, s *tailnode.Server) (*tailnode.Status, error) {
+	whole := ctx
 	if d := c.Duration("timeout"); d > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, d)
@@ -93,7 +95,26 @@ func (a *app) up(ctx context.Context, c *cli.Command, s *tailnode.Server) (*tail
 		}
 		return st.Health[len(st.Health)-1]
 	})()
-	return s.Up(ctx)
+	st, err := s.Up(ctx)
+	if e, ok := errors.AsType[*tailnode.Error](err); ok && e.Code == tailnode.CodeTimeout {
+		err = &tailnode.Error{Op: e.Op, Code: missing(whole, s), Err: e.Err}
+	}
+	return st, err
+}
+
+// missing is the code for what s waits for that did not join in time.
+func missing(ctx context.Context, s *tailnode.Server) tailnode.Code {
+	if lc, err := s.LocalClient(); err == nil {
+		if st, err := lc.StatusWithoutPeers(ctx); err == nil {
+			switch st.BackendState {
+			case "NeedsLogin":
+				return tailnode.CodeNeedsLogin
+			case "NeedsMachineAuth":
+				return tailnode.CodeNeedsApproval
+			}
+		}
+	}
+	return tailnode.CodeTimeout
 }
 
 // progress says every few seconds on standard error what is being waited for, until the

@@ -28,7 +28,7 @@ func (a *app) relayCommand() *cli.Command {
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "say on standard error what goes on"},
 			jsonFlag(),
 		},
-		Action: func(ctx context.Context, c *cli.Command) error {
+		Action: noArgs(func(ctx context.Context, c *cli.Command) error {
 			if (c.String("cert") == "") != (c.String("key") == "") {
 				return usagef("--cert and --key go together")
 			}
@@ -56,6 +56,6 @@ func (a *app) relayCommand() *cli.Command {
 			ctx, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 			defer cancel()
 			return rs.Shutdown(ctx)
-		},
+		}),
 	}
 }
