@@ -494,10 +494,26 @@ func TestApproval(t *testing.T) {
 	if res.MachineAuthorized || res.Error != "" {
 		t.Fatalf("%+v", res)
 	}
-	x := p.stream()
-	if x.self.MachineAuthorized || len(x.peers) != 0 {
-		t.Errorf("a node that is not approved sees %d peers", len(x.peers))
+	rule := func(port string) *Filter {
+		return &Filter{Rules: []FilterRule{{Src: []string{"100.64.0.77"}, Dst: []string{"100.64.0.99"}, Ports: []string{port}}}}
 	}
+	must(t, s.SetFilter(rule("22")))
+	must(t, s.CreateUser("alice", ""))
+	x := p.stream()
+	nothing := func(when string) {
+		t.Helper()
+		if r, ok := x.filter["base"]; x.self.MachineAuthorized || len(x.peers) != 0 || !ok || len(r) != 0 || len(x.users) != 1 || x.users[x.self.User].LoginName != DefaultUser {
+			t.Errorf("%s a node that is not approved sees peers %v, users %v, rules %v", when, x.peers, x.users, x.filter)
+		}
+	}
+	nothing("at first")
+	must(t, s.CreateUser("bob", ""))
+	must(t, s.SetFilter(rule("23")))
+	must(t, s.SetNodeFilter("p", rule("24")))
+	must(t, s.SetMessages("p", Message{ID: "m"}))
+	x.until("message", func() bool { _, ok := x.last.DisplayMessages["m"]; return ok })
+	nothing("later")
+	must(t, s.SetNodeFilter("p", nil))
 	if xw.peer("p") != nil {
 		t.Error("a node that is not approved is seen")
 	}
@@ -506,6 +522,9 @@ func TestApproval(t *testing.T) {
 	}
 	must(t, s.ApproveNode("p"))
 	x.until("approval", func() bool { return x.self.MachineAuthorized && x.peer("watcher") != nil })
+	if r := x.filter["base"]; len(r) != 1 || r[0].DstPorts[0].Ports.First != 23 || len(x.users) != len(must2(s.ListUsers())) {
+		t.Errorf("after approval: users %v, rules %v", x.users, x.filter)
+	}
 	xw.sees("p", "approved", nil)
 	must(t, s.AdmitRelayClient(p.key.Public().Raw(), netip.Addr{}))
 }

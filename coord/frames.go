@@ -19,10 +19,13 @@ type frameKey struct {
 	named bool // packet filters by name
 }
 
-// setRules puts the packet filter into m in the form that n's version knows.
-func (t *tailnet) setRules(m *tailcfg.MapResponse, n *node, named bool) {
+// setRules puts the packet filter into m in the form that n's version knows. A blind node has no
+// business with it: its filter is empty.
+func (t *tailnet) setRules(m *tailcfg.MapResponse, n *node, named, blind bool) {
 	rules := t.rules
-	if n != nil && n.rec.Filter != nil {
+	if blind {
+		rules = []tailcfg.FilterRule{}
+	} else if n != nil && n.rec.Filter != nil {
 		if r, err := n.rec.Filter.rules(); err == nil { // checked when it was set
 			rules = r
 		}
@@ -32,6 +35,17 @@ func (t *tailnet) setRules(m *tailcfg.MapResponse, n *node, named bool) {
 	} else {
 		m.PacketFilter = &rules
 	}
+}
+
+// setUsers puts the profiles of all users into m; a blind node gets its own user's.
+func (t *tailnet) setUsers(m *tailcfg.MapResponse, n *node, blind bool) {
+	m.UserProfiles = nil
+	for _, u := range t.users {
+		if !blind || u.ID == n.rec.User {
+			m.UserProfiles = append(m.UserProfiles, t.profile(u))
+		}
+	}
+	slices.SortFunc(m.UserProfiles, func(a, b tailcfg.UserProfile) int { return cmp.Compare(a.ID, b.ID) })
 }
 
 // setMessages puts n's messages into m.
@@ -62,15 +76,13 @@ func (s *Server) full(n *node, ver tailcfg.CapabilityVersion, omitPeers bool, no
 	m.CollectServices = tailcfg.False
 	m.Debug = &tailcfg.Debug{DisableLogTail: true}
 	m.ControlTime = &now
-	t.setRules(m, n, ver >= capNamedFilters)
+	blind := n.blind(now)
+	t.setRules(m, n, ver >= capNamedFilters, blind)
+	t.setUsers(m, n, blind)
 	if len(n.messages) > 0 {
 		n.setMessages(m)
 	}
-	for _, u := range t.users {
-		m.UserProfiles = append(m.UserProfiles, t.profile(u))
-	}
-	slices.SortFunc(m.UserProfiles, func(a, b tailcfg.UserProfile) int { return cmp.Compare(a.ID, b.ID) })
-	if !omitPeers && !n.blind(now) {
+	if !omitPeers && !blind {
 		t.allPeers(f, n, s.domain, now)
 	}
 	return f
@@ -101,7 +113,8 @@ func (s *Server) delta(st *stream, now time.Time) *mapframe.Frame {
 	}
 	self := max(n.selfSeq, n.top) > from || len(n.pings) > 0
 	blind := n.blind(now)
-	resync := from < t.forgot || blind != st.blind
+	turned := blind != st.blind
+	resync := from < t.forgot || turned
 	if !self && !blind && !resync && !(n.rec.Filter != nil && t.ruleSeq > from) && !st.omitPeers {
 		k := frameKey{from, st.named}
 		if f := t.frames[k]; f != nil {
@@ -127,8 +140,8 @@ func (s *Server) delta(st *stream, now time.Time) *mapframe.Frame {
 	m := &f.Base
 	st.cursor, st.blind = t.seq, blind
 	switch {
-	case st.omitPeers || blind && !resync:
-	case resync && blind:
+	case st.omitPeers || blind && !turned:
+	case blind:
 		for _, p := range t.nodes {
 			if p != n {
 				m.PeersRemoved = append(m.PeersRemoved, p.rec.ID)
@@ -141,11 +154,18 @@ func (s *Server) delta(st *stream, now time.Time) *mapframe.Frame {
 	default:
 		t.changes(f, n, st.named, s.domain, now)
 	}
-	t.globals(m, n, from, st.named)
+	t.globals(m, n, from, st.named, blind)
+	if turned {
+		t.setRules(m, n, st.named, blind)
+		t.setUsers(m, n, blind)
+	}
 	if max(n.selfSeq, n.seq[whole], n.seq[nodeKey], n.seq[keyExpiry], n.seq[homeDERP]) > from {
 		m.Node = t.wire(n, s.domain, true, now)
+		if blind {
+			t.setUsers(m, n, blind) // it may belong to another user now
+		}
 		if n.selfSeq > from {
-			t.setRules(m, n, st.named)
+			t.setRules(m, n, st.named, blind)
 			n.setMessages(m)
 		}
 	}
@@ -160,7 +180,7 @@ func (s *Server) delta(st *stream, now time.Time) *mapframe.Frame {
 }
 
 // globals puts into m what changed since from and concerns all nodes.
-func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named bool) {
+func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named, blind bool) {
 	if t.derpSeq > from {
 		dm := *t.derp
 		dm.Regions = maps.Clone(t.derp.Regions)
@@ -171,10 +191,13 @@ func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named bo
 		}
 		m.DERPMap = &dm
 	}
-	if t.ruleSeq > from {
-		t.setRules(m, n, named)
-	}
 	m.UserProfiles = nil
+	if blind {
+		return
+	}
+	if t.ruleSeq > from {
+		t.setRules(m, n, named, blind)
+	}
 	for id, seq := range t.userSeq {
 		if seq > from {
 			m.UserProfiles = append(m.UserProfiles, t.profile(t.users[id]))
@@ -186,7 +209,7 @@ func (t *tailnet) globals(m *tailcfg.MapResponse, n *node, from uint64, named bo
 func (t *tailnet) changes(f *mapframe.Frame, self *node, named bool, domain string, now time.Time) {
 	m := &f.Base
 	if self == nil {
-		t.globals(m, nil, f.From, named)
+		t.globals(m, nil, f.From, named, false)
 	}
 	var whole_ []*node
 	for n := t.newest; n != nil && n.top > f.From; n = n.older {

@@ -292,7 +292,7 @@ func (n *node) expired(now time.Time) bool {
 // visible reports whether peers see n at all.
 func (n *node) visible() bool { return n.rec.Approved }
 
-// blind reports whether n sees no peers: it is not approved, or not any more.
+// blind reports whether n sees no peers, and none of the tailnet's users and rules: it is not approved, or not any more.
 func (n *node) blind(now time.Time) bool { return !n.rec.Approved || n.expired(now) }
 
 func (n *node) liveKey() string { return strconv.FormatInt(int64(n.rec.ID), 10) }
