@@ -4,6 +4,7 @@ package core
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -131,7 +132,17 @@ func (c *connected) next(b []byte) ([]byte, error) {
 	return b[:n], err
 }
 
-func (c *connected) put(b []byte) { c.Write(b) }
+// The stack reports what ICMP said of a datagram before at the next write, and then does not send.
+func (c *connected) put(b []byte) {
+	if _, err := c.Write(b); aboutOne(err) {
+		c.Write(b)
+	}
+}
+
+// aboutOne reports whether err is what ICMP said of one datagram: the socket goes on.
+func aboutOne(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EMSGSIZE)
+}
 
 // unconnected has the peer's address in front of each datagram.
 type unconnected struct{ net.PacketConn }
@@ -197,6 +208,9 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 		b := make([]byte, addrSize+maxDatagram)
 		for {
 			m, err := p.next(b)
+			if aboutOne(err) {
+				continue
+			}
 			if err != nil {
 				break
 			}

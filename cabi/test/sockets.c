@@ -169,6 +169,27 @@ static void datagrams(void) {
 		OK(tailnode_recvfrom(u, in, sizeof in, &n, &from, &err));
 		CHECK(n == size && !memcmp(&from, &to, sizeof to));
 	}
+	// A port that nobody has: ICMP says so, and the socket serves on, both ways.
+	int away, back;
+	tailnode_addr at, from2;
+	size_t n;
+	OK(tailnode_dial(a, "udp4", "cbeta:82", 0, 30000, &away, &at, NULL, &err));
+	for (int i = 0; i < 20; i++) {
+		CHECK(send(away, "nobody", 6, MSG_NOSIGNAL) == 6);
+		WANT(tailnode_dial(a, "tcp4", "cbeta:83", 0, 30000, &back, NULL, NULL, &err), TAILNODE_REFUSED); // it takes the same way, after it
+	}
+	struct pollfd p = {.fd = away, .events = POLLIN};
+	OK(tailnode_listen_packet(b, "udp4", ":82", TAILNODE_NONBLOCK, &back, NULL, &err));
+	do // what ICMP says may still be under way
+		CHECK(send(away, "served", 6, MSG_NOSIGNAL) == 6);
+	while (poll(&(struct pollfd){.fd = back, .events = POLLIN}, 1, 100) == 0);
+	OK(tailnode_recvfrom(back, in, sizeof in, &n, &from2, &err));
+	CHECK(n == 6 && from2.port == at.port);
+	OK(tailnode_sendto(back, "answer", 6, &from2, &err));
+	CHECK(poll(&p, 1, 10000) == 1 && recv(away, in, sizeof in, 0) == 6 && !memcmp(in, "answer", 6));
+	close(away);
+	close(back);
+
 	to.family = 9;
 	WANT(tailnode_sendto(u, "x", 1, &to, &err), TAILNODE_INVALID_ARGUMENT);
 	close(u);
