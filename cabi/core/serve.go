@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net"
@@ -42,6 +43,32 @@ type session struct {
 	nodes map[uint64]*node
 	wg    sync.WaitGroup // requests, streams, listeners
 	slots chan struct{}
+	spare spare
+}
+
+// spare is a descriptor that is held only to be closed when there is no other: a request cannot be answered without the one that it brings.
+type spare struct {
+	mu   sync.Mutex
+	held bool
+	fd   int
+}
+
+func (p *spare) fill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.held {
+		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+		p.fd, p.held = fd, err == nil
+	}
+}
+
+func (p *spare) free() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.held {
+		unix.Close(p.fd)
+		p.held = false
+	}
 }
 
 // node is one tailnode.Server of the host.
@@ -51,6 +78,7 @@ type node struct {
 	cancel context.CancelFunc
 	out    *sink
 	open   func() (*tailnode.LocalClient, error)
+	lacks  error // the core had no room for what the node was to have: it can only be closed
 
 	mu      sync.Mutex
 	closed  bool
@@ -90,10 +118,12 @@ func Serve(fd int) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	se := &session{s: s, ctx: ctx, nodes: map[uint64]*node{}, slots: make(chan struct{}, maxInFlight)}
+	se.spare.fill()
 	err = se.loop()
 	cancel()
 	se.closeAll()
 	se.wg.Wait()
+	se.spare.free()
 	s.Close()
 	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
 		return nil
@@ -101,28 +131,66 @@ func Serve(fd int) error {
 	return err
 }
 
+var errNoDescriptor = fmt.Errorf("the core has no descriptor left: %w", unix.EMFILE)
+
+// scramble is how long a request waits for a descriptor to come free.
+const scramble = 100 * time.Millisecond
+
+// take waits for a request and returns it with its descriptors. short: there was no room for them; then fds holds what
+// there is by giving up the spare one, or in time.
+func (se *session) take(buf, oob []byte) (rq request, fds []int, short bool, err error) {
+	var head [8]byte // magic, kind
+	var end time.Time
+	for {
+		n, got, lacks, err := se.s.peek(head[:], oob)
+		if err != nil {
+			return rq, nil, false, err
+		}
+		if fds = got; !lacks {
+			break
+		}
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		fds = nil
+		first := !short
+		short = true
+		if n == len(head) && kind(native.Uint32(head[4:])) == kNew {
+			break // it has no answer, and may want two
+		}
+		if first {
+			end = time.Now().Add(scramble)
+			se.spare.free()
+		} else if time.Now().After(end) {
+			break
+		} else {
+			time.Sleep(time.Millisecond) // another thread of the process was faster
+		}
+	}
+	n, _, err := se.s.receive(buf, nil)
+	if err == nil {
+		rq, err = parseRequest(buf[:n])
+		clear(buf[:n]) // there may be an auth key in it
+	}
+	if err != nil {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return rq, nil, false, err
+	}
+	return rq, fds, short, nil
+}
+
 func (se *session) loop() error {
 	buf := make([]byte, maxRequest)
 	oob := make([]byte, unix.CmsgSpace(4*4))
 	for {
-		n, oobn, err := se.s.receive(buf, oob)
+		rq, fds, short, err := se.take(buf, oob)
 		if err != nil {
 			return err
 		}
-		fds := rightsOf(oob[:oobn])
-		rq, err := parseRequest(buf[:n])
-		clear(buf[:n]) // there may be an auth key in it
-		if err != nil || rq.kind != kNew && len(fds) != 1 {
-			for _, fd := range fds {
-				unix.Close(fd)
-			}
-			if err != nil {
-				return err
-			}
-			continue
-		}
 		if rq.kind == kNew {
-			se.newNode(&rq, fds)
+			se.newNode(&rq, fds, short)
 			continue
 		}
 		// The node is looked up here, in the order of the messages: what follows kClose finds none.
@@ -132,8 +200,21 @@ func (se *session) loop() error {
 			delete(se.nodes, rq.node)
 		}
 		se.mu.Unlock()
-		to, err := newSock(fds[0])
-		if err != nil {
+		var to *sock
+		if len(fds) == 1 {
+			to, _ = newSock(fds[0])
+		} else {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+		}
+		if rq.kind != kClose && (to == nil || short) {
+			if to != nil { // there is room in a socket that is new
+				rp := errorReply(errNoDescriptor)
+				to.send(append(rp.appendHead(nil), rp.data...), nil, false)
+				to.Close()
+			}
+			se.spare.fill()
 			continue
 		}
 		se.slots <- struct{}{}
@@ -144,12 +225,19 @@ func (se *session) loop() error {
 			defer se.wg.Done()
 			defer func() { <-se.slots }()
 			defer inFlight.Add(-1)
-			se.answer(&rq, nd, to)
+			if to != nil {
+				se.answer(&rq, nd, to)
+			} else if nd != nil {
+				nd.close() // whether or not anybody can be told
+			}
+			if short {
+				se.spare.fill()
+			}
 		}()
 	}
 }
 
-func (se *session) newNode(rq *request, fds []int) {
+func (se *session) newNode(rq *request, fds []int, short bool) {
 	a := rq.arg
 	out := newSink(fds, int(a[2]), a[3])
 	ctx, cancel := context.WithCancel(se.ctx)
@@ -186,6 +274,9 @@ func (se *session) newNode(rq *request, fds []int) {
 			return nil, bad
 		}
 		return srv.LocalClient()
+	}
+	if short {
+		nd.lacks = errNoDescriptor
 	}
 	openNodes.Add(1)
 	se.mu.Lock()
@@ -301,6 +392,9 @@ func invalid(op, text string) error {
 
 // do serves one request of a node.
 func (nd *node) do(ctx context.Context, rq *request, rp *reply) (started func(), err error) {
+	if nd.lacks != nil && rq.kind != kClose {
+		return nil, nd.lacks
+	}
 	switch rq.kind {
 	case kClose:
 		return nil, nd.close()

@@ -125,6 +125,28 @@ func (s *sock) receive(b, oob []byte) (n, oobn int, err error) {
 	return n, oobn, err
 }
 
+// peek waits for a message of a SOCK_SEQPACKET socket and returns its first bytes and what it carries; the message stays. short: there
+// is no room in this process for a descriptor that it carries.
+func (s *sock) peek(b, oob []byte) (n int, fds []int, short bool, err error) {
+	var oobn, flags int
+	werr := s.rc.Read(func(fd uintptr) bool {
+		for {
+			n, oobn, flags, _, err = unix.Recvmsg(int(fd), b, oob, unix.MSG_PEEK|unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			if err != unix.EINTR {
+				break
+			}
+		}
+		return err != unix.EAGAIN
+	})
+	if werr != nil {
+		return 0, nil, false, werr
+	}
+	if err != nil {
+		return 0, nil, false, err
+	}
+	return n, rightsOf(oob[:oobn]), flags&unix.MSG_CTRUNC != 0, nil
+}
+
 // readable blocks until there is something to read, or the end.
 func (s *sock) readable() error {
 	return s.rc.Read(func(fd uintptr) bool { return events(fd)&(unix.POLLIN|unix.POLLRDHUP|unix.POLLHUP) != 0 })

@@ -107,6 +107,94 @@ static void run(const char *what, void (*f)(int (*)(pid_t)), int (*limit)(pid_t)
 		FAIL("%s: status %x", what, (unsigned)st);
 }
 
+static void ignore_url(void *user, const char *url) { (void)user, (void)url; }
+
+static int hold[4096], held;
+
+static void more(void) {
+	while (held)
+		close(hold[--held]);
+}
+
+// No more descriptors for the core: in process all but the two that the client itself wants, else none for the helper.
+static void no_more(pid_t helper, const struct rlimit *was, int leave) {
+	int fd = 3;
+	if (!helper) {
+		while ((fd = fcntl(0, F_DUPFD_CLOEXEC, 0)) >= 0)
+			hold[held++] = fd;
+		while (leave-- && held)
+			close(hold[--held]);
+		return;
+	}
+	for (char path[64];; fd++) { // numbers below the limit are all taken
+		snprintf(path, sizeof path, "/proc/%d/fd/%d", (int)helper, fd);
+		if (faccessat(AT_FDCWD, path, F_OK, AT_SYMLINK_NOFOLLOW))
+			break;
+	}
+	struct rlimit l = {(rlim_t)fd, was->rlim_max};
+	CHECK(prlimit(helper, RLIMIT_NOFILE, &l, NULL) == 0);
+}
+
+// A core that has no descriptor left for a request says so, and closes what it is told to close.
+static void descriptors(void) {
+	tailnode_options o = options("cfiles");
+	tailnode_node other, n;
+	tailnode_stats st = {.size = sizeof st};
+	struct rlimit was = {0, 0};
+	int refused = 0, code;
+	OK(tailnode_new(&o, &other, &err));
+	n = up("cfiles2");
+	OK(tailnode_runtime_stats(n, &st, &err));
+	pid_t helper = isolated() ? (pid_t)st.pid : 0;
+	if (helper)
+		CHECK(prlimit(helper, RLIMIT_NOFILE, NULL, &was) == 0);
+	for (int i = 0; i < 100; i++) { // the core's own descriptors may come and go: some calls find room
+		no_more(helper, &was, 2);
+		code = tailnode_addresses(n, NULL, NULL, &err);
+		more();
+		if (code) {
+			WANT(code, TAILNODE_EXHAUSTED);
+			CHECK(err.sys_errno == EMFILE);
+			refused++;
+		}
+	}
+	CHECK(refused > 10);
+	if (helper)
+		CHECK(prlimit(helper, RLIMIT_NOFILE, &was, NULL) == 0);
+	OK(tailnode_addresses(n, NULL, NULL, &err));
+	do {
+		no_more(helper, &was, 2);
+		code = tailnode_close(n, &err);
+		more();
+	} while (code == TAILNODE_EXHAUSTED && !helper); // the client's pair: nothing was closed
+	OK(code);
+	OK(tailnode_runtime_stats(other, &st, &err));
+	CHECK(st.nodes == 1);
+
+	// A node for whose callbacks there is no room is not made.
+	if (!helper) {
+		o.auth_url = ignore_url;
+		tailnode_node m;
+		int told = 0;
+		for (int i = 0; i < 50; i++) {
+			no_more(0, NULL, 3);
+			code = tailnode_new(&o, &m, &err);
+			more();
+			if (code) {
+				WANT(code, TAILNODE_EXHAUSTED);
+				told++;
+			} else {
+				OK(tailnode_close(m, &err));
+			}
+		}
+		CHECK(told);
+		OK(tailnode_runtime_stats(other, &st, &err));
+		CHECK(st.nodes == 1);
+	}
+	OK(tailnode_close(other, &err));
+	printf("limits: %d of 100 calls without a descriptor for the core refused\n", refused);
+}
+
 static void maps(void) {
 	tailnode_node n = up("cmaps");
 	// Does this kernel name mappings?
@@ -147,6 +235,7 @@ int main(void) {
 		printf("limits: no cgroup can be made here\n");
 	}
 	maps();
+	descriptors();
 	CHECK(getrlimit(RLIMIT_NOFILE, &now) == 0);
 	if (now.rlim_cur != files.rlim_cur || now.rlim_max != files.rlim_max)
 		FAIL("RLIMIT_NOFILE became %llu, %llu", (unsigned long long)now.rlim_cur, (unsigned long long)now.rlim_max);
