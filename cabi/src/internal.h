@@ -135,6 +135,7 @@ struct op {
 	pthread_mutex_t mu; // guards what follows
 	int fd;             // non-blocking
 	bool canceled, isolated, taken;
+	bool wants_fd; // its result is a descriptor
 	size_t prefix; // room in front of the data, for the size field of a struct
 	struct reply head;
 	size_t got; // bytes of head, then of data

@@ -285,6 +285,7 @@ int tn_start_op_on(struct node *n, const struct args *a, bool wait, struct op **
 	op->o = (struct object_header){.type = O_OP, .refs = 1, .destroy = op_destroy};
 	op->fd = op->passed = -1;
 	op->isolated = n->mode == TAILNODE_ISOLATED;
+	op->wants_fd = a->kind == K_DIAL || a->kind == K_LISTEN || a->kind == K_LISTEN_PACKET || a->kind == K_WATCH;
 	op->prefix = a->kind == K_STATS || a->kind == K_LOOPBACK ? sizeof(size_t) : 0;
 	int pair[2];
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0) {
@@ -376,6 +377,8 @@ static int deliver(struct op *op, int e, tailnode_result *out, tailnode_error *e
 		tn_set(err, op->head.code, op->head.sys_errno, op->data + op->prefix, op->head.data_len);
 		return op->head.code;
 	}
+	if (op->wants_fd && op->passed < 0) // the core sent one, but this process had no room for it
+		return tn_fail(err, TAILNODE_EXHAUSTED, EMFILE, "tailnode: too many open files");
 	if (out) {
 		tailnode_result r = {.size = out->size, .fd = op->passed, .local = op->head.local, .remote = op->head.remote};
 		op->passed = -1;

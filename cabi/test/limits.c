@@ -135,6 +135,32 @@ static void no_more(pid_t helper, const struct rlimit *was, int leave) {
 	CHECK(prlimit(helper, RLIMIT_NOFILE, &l, NULL) == 0);
 }
 
+// A host that has no descriptor left for the one in a result.
+static void results(tailnode_node n) {
+	tailnode_op op;
+	tailnode_result r = {.size = sizeof r, .fd = -1};
+	struct rlimit was, none;
+	CHECK(getrlimit(RLIMIT_NOFILE, &was) == 0);
+	none = was;
+	none.rlim_cur = 3;
+	for (int kind = 0; kind < 4; kind++) {
+		if (kind == 0)
+			OK(tailnode_listen_start(n, "tcp", ":80", 0, &op, &err));
+		else if (kind == 1)
+			OK(tailnode_listen_packet_start(n, "udp", ":80", 0, &op, &err));
+		else if (kind == 2)
+			OK(tailnode_dial_start(n, "tcp", "gopeer:7", 0, 30000, &op, &err));
+		else
+			OK(tailnode_watch_start(n, 0, &op, &err));
+		wait_in(tailnode_op_fd(op), 30000);
+		CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+		int code = tailnode_op_take(op, &r, &err);
+		CHECK(setrlimit(RLIMIT_NOFILE, &was) == 0);
+		WANT(code, TAILNODE_EXHAUSTED);
+		CHECK(err.sys_errno == EMFILE && r.fd == -1);
+	}
+}
+
 // A core that has no descriptor left for a request says so, and closes what it is told to close.
 static void descriptors(void) {
 	tailnode_options o = options("cfiles");
@@ -148,6 +174,7 @@ static void descriptors(void) {
 	pid_t helper = isolated() ? (pid_t)st.pid : 0;
 	if (helper)
 		CHECK(prlimit(helper, RLIMIT_NOFILE, NULL, &was) == 0);
+	results(n);
 	for (int i = 0; i < 100; i++) { // the core's own descriptors may come and go: some calls find room
 		no_more(helper, &was, 2);
 		code = tailnode_addresses(n, NULL, NULL, &err);
