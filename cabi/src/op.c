@@ -53,17 +53,20 @@ static int attach(struct node *n, tailnode_error *err) {
 		struct callbacks *cb = NULL;
 		e = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0 ? errno : 0;
 		pthread_mutex_lock(&n->mu);
-		if (!e)
+		closing = n->closing; // since then: a close takes the callbacks that it is to wait for, and only once
+		if (!e && !closing)
 			e = tn_callbacks_start(n, pair[0], n->callbacks, &cb);
-		if (!e)
+		if (!e && !closing)
 			n->callbacks = cb;
 		pthread_mutex_unlock(&n->mu);
-		if (e) {
+		if (e || closing) {
 			if (pair[0] >= 0) {
 				close(pair[0]);
 				close(pair[1]);
 			}
 			tn_core_unref(c);
+			if (closing)
+				return tn_fail(err, TAILNODE_CLOSED, 0, "tailnode: the node is closed");
 			return tn_fail(err, TAILNODE_EXHAUSTED, e, "tailnode: the thread for callbacks cannot be started: %s", strerror(e));
 		}
 		fds[nfds++] = pair[1];

@@ -120,6 +120,38 @@ static void flood(tailnode_node n, int stopped) {
 	printf("starts: %d under way at a time, %d told to come back\n", started, refused);
 }
 
+static void on_log(void *user, int level, const char *text, size_t len) {
+	(void)level, (void)text, (void)len;
+	poll(NULL, 0, 5); // a callback that takes its time
+	CHECK(!__atomic_load_n((int *)user, __ATOMIC_SEQ_CST));
+}
+
+// Closed while its core is being started: no callback runs when the close is over.
+static void close_at_the_start(void) {
+	enum { ROUNDS = 100 };
+	static int over[ROUNDS];
+	for (int i = 0; i < ROUNDS; i++) {
+		tailnode_options o = options("cstarts3");
+		tailnode_node m;
+		tailnode_op made, start, end;
+		o.log = on_log;
+		o.user = &over[i];
+		o.log_level = TAILNODE_LOG_DEBUG;
+		o.control_url = "http://127.0.0.1:1";
+		OK(tailnode_new_start(&o, &m, &made, &err));
+		OK(tailnode_start_start(m, &start, &err));
+		for (volatile int spin = 0; spin < i * 20000; spin++) // at another moment each time
+			;
+		OK(tailnode_close_start(m, &end, &err));
+		OK(tailnode_op_wait(end, 30000, NULL, &err));
+		__atomic_store_n(&over[i], 1, __ATOMIC_SEQ_CST);
+		tailnode_op_cancel(made);
+		tailnode_op_cancel(start);
+	}
+	tailnode_node late = up("cstarts4"); // time for a callback that comes too late
+	OK(tailnode_close(late, &err));
+}
+
 int main(void) {
 	alarm(120);
 	tailnode_options o = options("cstarts");
@@ -174,6 +206,8 @@ int main(void) {
 			CHECK(code == 0 || code == TAILNODE_CLOSED);
 		}
 	}
+
+	close_at_the_start();
 
 	if (isolated()) {
 		tailnode_stats st = {.size = sizeof st};
