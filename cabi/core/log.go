@@ -54,6 +54,9 @@ func newSink(fds []int, level int, mode int64) *sink {
 
 // close is called when nothing of the node runs any more.
 func (k *sink) close() {
+	if k.frames >= 0 {
+		unix.Shutdown(k.frames, unix.SHUT_RDWR) // a fork of the host may hold a copy: this is the end all the same
+	}
 	for _, fd := range []int{k.frames, k.lines} {
 		if fd >= 0 {
 			unix.Close(fd)

@@ -2,6 +2,7 @@
 #include "internal.h"
 
 #include <fcntl.h>
+#include <sys/eventfd.h>
 
 #define NEED(cond, what)                                                                                          \
 	do {                                                                                                      \
@@ -145,12 +146,18 @@ int tailnode_new_start(const tailnode_options *given, tailnode_node *node, tailn
 	return 0;
 }
 
-static int close_op(tailnode_node node, bool wait, struct op **op, struct callbacks **cb, tailnode_error *err) {
+// ready: for an operation that ends with the callbacks, what is to tell that; -1 where there are none.
+static int close_op(tailnode_node node, bool wait, struct op **op, struct callbacks **cb, int *ready, tailnode_error *err) {
 	CHECK_FORK(err);
 	int code = 0;
 	struct node *n = tn_handle_get(node.id, O_NODE, &code);
 	if (!n)
 		return tn_fail(err, code, 0, code == TAILNODE_CLOSED ? "tailnode: the node is closed" : "tailnode: this is not the handle of a node");
+	if (ready && (n->log || n->auth_url) && (*ready = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) {
+		code = tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: eventfd: %s", strerror(errno));
+		tn_unref(n);
+		return code;
+	}
 	pthread_mutex_lock(&n->mu);
 	bool first = !n->closing;
 	n->closing = true;
@@ -184,7 +191,7 @@ static int close_op(tailnode_node node, bool wait, struct op **op, struct callba
 int tailnode_close(tailnode_node node, tailnode_error *err) {
 	struct op *op;
 	struct callbacks *cb = NULL;
-	int code = close_op(node, true, &op, &cb, err);
+	int code = close_op(node, true, &op, &cb, NULL, err);
 	if (!code) {
 		code = tn_op_await(op, -1, NULL, err);
 		tn_unref(op);
@@ -207,13 +214,25 @@ int tailnode_close_start(tailnode_node node, tailnode_op *out, tailnode_error *e
 	NEED(out, "there is no place for the operation's handle");
 	struct op *op;
 	struct callbacks *cb = NULL;
-	int code = close_op(node, false, &op, &cb, err);
+	int ready = -1;
+	int code = close_op(node, false, &op, &cb, &ready, err);
 	if (code) {
+		if (ready >= 0)
+			close(ready);
 		if (cb)
 			tn_callbacks_release(cb);
 		return code;
 	}
 	op->callbacks = cb; // nobody else has op yet
+	if (cb) {
+		op->fd = ready;
+		if (tn_callbacks_closing(cb, op))
+			ready = -1;
+		else
+			op->fd = op->reply;
+	}
+	if (ready >= 0)
+		close(ready);
 	return tn_op_publish(op, out, err);
 }
 

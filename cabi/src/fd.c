@@ -193,10 +193,14 @@ struct callbacks {
 	void (*log)(void *, int, const char *, size_t);
 	void (*auth_url)(void *, const char *);
 	void *user;
+	pthread_mutex_t mu; // guards what follows
+	bool ended, over;   // there are no more, and that is told
+	struct op *closing; // the operation that waits for that
 };
 
 static void callbacks_unref(struct callbacks *c) {
 	if (__atomic_sub_fetch(&c->refs, 1, __ATOMIC_ACQ_REL) == 0) {
+		pthread_mutex_destroy(&c->mu);
 		close(c->fd);
 		free(c);
 	}
@@ -227,6 +231,17 @@ static void *run(void *p) {
 		else if (m.type == FRAME_AUTH_URL && c->auth_url)
 			c->auth_url(c->user, m.text);
 	}
+	pthread_mutex_lock(&c->mu);
+	c->ended = true;
+	struct op *op = c->closing;
+	pthread_mutex_unlock(&c->mu);
+	if (op)
+		tn_op_await_reply(op);
+	pthread_mutex_lock(&c->mu);
+	c->over = true;
+	pthread_mutex_unlock(&c->mu);
+	if (op)
+		tn_op_ready(op);
 	callbacks_unref(c);
 	return NULL;
 }
@@ -239,9 +254,11 @@ int tn_callbacks_start(struct node *n, int fd, struct callbacks *before, struct 
 	sigset_t all, old;
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &old);
+	pthread_mutex_init(&c->mu, NULL);
 	int e = pthread_create(&c->thread, NULL, run, c);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	if (e) {
+		pthread_mutex_destroy(&c->mu);
 		free(c);
 		return e;
 	}
@@ -254,8 +271,28 @@ void tn_callbacks_release(struct callbacks *c) {
 	callbacks_unref(c);
 }
 
+bool tn_callbacks_closing(struct callbacks *c, struct op *op) {
+	pthread_mutex_lock(&c->mu);
+	bool ended = c->ended;
+	if (!ended) {
+		tn_ref(op);
+		c->closing = op;
+	}
+	pthread_mutex_unlock(&c->mu);
+	return !ended;
+}
+
+bool tn_callbacks_over(struct callbacks *c) {
+	pthread_mutex_lock(&c->mu);
+	bool over = c->over || (c->ended && !c->closing);
+	pthread_mutex_unlock(&c->mu);
+	return over || tn_callbacks_here(c);
+}
+
+bool tn_callbacks_here(struct callbacks *c) { return pthread_equal(c->thread, pthread_self()); }
+
 void tn_callbacks_join(struct callbacks *c) {
-	if (pthread_equal(c->thread, pthread_self())) {
+	if (tn_callbacks_here(c)) {
 		tn_callbacks_release(c);
 		return;
 	}

@@ -127,13 +127,18 @@ struct callbacks; // the thread that runs a node's callbacks
 HIDDEN int tn_callbacks_start(struct node *n, int fd, struct callbacks *before, struct callbacks **out); // it takes before over, and waits for it
 HIDDEN void tn_callbacks_join(struct callbacks *c); // waits, unless called on its thread
 HIDDEN void tn_callbacks_release(struct callbacks *c); // lets it run out by itself
+struct op;
+HIDDEN bool tn_callbacks_closing(struct callbacks *c, struct op *op); // its thread will call tn_op_await_reply and tn_op_ready at its end; false: that has come
+HIDDEN bool tn_callbacks_over(struct callbacks *c); // tn_callbacks_join will not wait
+HIDDEN bool tn_callbacks_here(struct callbacks *c); // this is its thread
 
 // ---- operations ----
 
 struct op {
 	struct object_header o;
 	pthread_mutex_t mu; // guards what follows
-	int fd;             // non-blocking
+	int fd;             // non-blocking; what the host polls
+	int reply;          // where the result comes: fd, but for a node's close with callbacks, whose fd tells that both are there
 	bool canceled, isolated, taken;
 	bool wants_fd; // its result is a descriptor
 	size_t prefix; // room in front of the data, for the size field of a struct
@@ -156,6 +161,8 @@ HIDDEN int tn_start_op(uint64_t node_id, const struct args *a, bool wait, struct
 HIDDEN int tn_start_op_on(struct node *n, const struct args *a, bool wait, struct op **out, tailnode_error *err);
 HIDDEN int tn_op_await(struct op *op, int64_t timeout_ms, tailnode_result *out, tailnode_error *err);
 HIDDEN int tn_call(uint64_t node_id, const struct args *a, tailnode_result *out, tailnode_error *err);
+HIDDEN void tn_op_await_reply(struct op *op); // blocks until there is one, or the operation was cancelled
+HIDDEN void tn_op_ready(struct op *op);       // makes fd readable, and gives up a reference
 HIDDEN int tn_op_publish(struct op *op, tailnode_op *out, tailnode_error *err);
 HIDDEN int tn_pack(char **out, size_t *len, uint64_t number, const struct args *a, tailnode_error *err);
 

@@ -5,6 +5,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <stdio.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 
 // ---- packing ----
@@ -262,6 +263,8 @@ static int send_soon(struct node *n, enum kind kind, char *msg, size_t len, int 
 
 static void op_destroy(void *p) {
 	struct op *op = p;
+	if (op->reply >= 0 && op->reply != op->fd)
+		close(op->reply);
 	if (op->fd >= 0)
 		close(op->fd);
 	if (op->passed >= 0)
@@ -286,7 +289,7 @@ int tn_start_op_on(struct node *n, const struct args *a, bool wait, struct op **
 	}
 	pthread_mutex_init(&op->mu, NULL);
 	op->o = (struct object_header){.type = O_OP, .refs = 1, .destroy = op_destroy};
-	op->fd = op->passed = -1;
+	op->fd = op->reply = op->passed = -1;
 	op->isolated = n->mode == TAILNODE_ISOLATED;
 	op->wants_fd = a->kind == K_DIAL || a->kind == K_LISTEN || a->kind == K_LISTEN_PACKET || a->kind == K_WATCH;
 	op->prefix = a->kind == K_STATS || a->kind == K_LOOPBACK ? sizeof(size_t) : 0;
@@ -294,7 +297,7 @@ int tn_start_op_on(struct node *n, const struct args *a, bool wait, struct op **
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) < 0) {
 		code = tn_fail(err, TAILNODE_EXHAUSTED, errno, "tailnode: socketpair: %s", strerror(errno));
 	} else {
-		op->fd = pair[0];
+		op->fd = op->reply = pair[0];
 		if (!wait) {
 			code = send_soon(n, a->kind, msg, len, pair[1], err);
 			if (!code)
@@ -353,7 +356,7 @@ static int fill(struct op *op) {
 			at = op->data + op->prefix + have;
 			want = op->head.data_len - have;
 		}
-		ssize_t n = tn_recv_fd(op->fd, at, want, MSG_DONTWAIT, &op->passed);
+		ssize_t n = tn_recv_fd(op->reply, at, want, MSG_DONTWAIT, &op->passed);
 		if (n < 0)
 			return errno == EWOULDBLOCK ? EAGAIN : errno;
 		if (n == 0)
@@ -362,13 +365,20 @@ static int fill(struct op *op) {
 	}
 }
 
+void tn_op_await_reply(struct op *op) {
+	struct pollfd p = {.fd = op->reply, .events = POLLIN};
+	while (poll(&p, 1, -1) < 0 && errno == EINTR)
+		;
+}
+
+void tn_op_ready(struct op *op) {
+	(void)!eventfd_write(op->fd, 1);
+	tn_unref(op);
+}
+
 // Turns a complete op into the call's result. With op->mu held.
 static int deliver(struct op *op, int e, tailnode_result *out, tailnode_error *err) {
 	op->taken = true;
-	if (op->callbacks) { // the node is closed, and none of its callbacks is to run any more
-		tn_callbacks_join(op->callbacks);
-		op->callbacks = NULL;
-	}
 	if (op->canceled)
 		return tn_fail(err, TAILNODE_CANCELED, 0, "tailnode: the operation was cancelled");
 	if (e == ENOMEM)
@@ -397,29 +407,42 @@ static int deliver(struct op *op, int e, tailnode_result *out, tailnode_error *e
 	return tn_ok(err);
 }
 
-static int try_take(struct op *op, tailnode_result *out, tailnode_error *err) {
+// *fd: what to wait for where the result is pending.
+static int try_take(struct op *op, tailnode_result *out, tailnode_error *err, int *fd) {
+	struct callbacks *cb = NULL;
 	pthread_mutex_lock(&op->mu);
-	int code;
+	int code, e = 0;
+	*fd = op->fd;
 	if (op->taken) {
 		code = tn_fail(err, op->canceled ? TAILNODE_CANCELED : TAILNODE_CLOSED, 0, "tailnode: the operation is over");
+	} else if (!op->canceled && op->callbacks && !tn_callbacks_over(op->callbacks)) {
+		code = tn_fail(err, TAILNODE_PENDING, 0, "tailnode: a callback of the node may still run");
+	} else if (!op->canceled && (e = fill(op)) == EAGAIN) {
+		code = tn_fail(err, TAILNODE_PENDING, 0, "tailnode: there is no result yet");
+		*fd = op->reply; // the callbacks are over, or this is one of them
 	} else {
-		int e = op->canceled ? 0 : fill(op);
-		code = e == EAGAIN ? tn_fail(err, TAILNODE_PENDING, 0, "tailnode: there is no result yet") : deliver(op, e, out, err);
+		code = deliver(op, e, out, err);
+		if (!op->canceled) { // else the last reference lets them run out
+			cb = op->callbacks;
+			op->callbacks = NULL;
+		}
 	}
 	pthread_mutex_unlock(&op->mu);
+	if (cb) // does not wait for any callback, but a thread's last steps
+		tn_callbacks_join(cb);
 	return code;
 }
 
 int tn_op_await(struct op *op, int64_t timeout_ms, tailnode_result *out, tailnode_error *err) {
 	int64_t end = timeout_ms < 0 ? -1 : timeout_ms > INT64_MAX / 2 ? -1 : tn_now_ms() + timeout_ms;
 	for (;;) {
-		int code = try_take(op, out, err);
+		struct pollfd p = {.events = POLLIN};
+		int code = try_take(op, out, err, &p.fd);
 		if (code != TAILNODE_PENDING)
 			return code;
 		int64_t left = end < 0 ? -1 : end - tn_now_ms();
 		if (end >= 0 && left <= 0)
 			return code;
-		struct pollfd p = {.fd = op->fd, .events = POLLIN};
 		if (poll(&p, 1, left > INT_MAX ? INT_MAX : (int)left) < 0 && errno != EINTR)
 			return tn_fail(err, TAILNODE_INTERNAL, errno, "tailnode: poll: %s", strerror(errno));
 		if (tn_forked)
@@ -490,7 +513,9 @@ int tailnode_op_cancel(tailnode_op h) {
 	pthread_mutex_lock(&op->mu);
 	op->canceled = true;
 	pthread_mutex_unlock(&op->mu);
-	shutdown(op->fd, SHUT_RDWR); // the core sees the end; a thread that waits wakes
+	shutdown(op->reply, SHUT_RDWR); // the core sees the end; a thread that waits wakes
+	if (op->fd != op->reply)
+		eventfd_write(op->fd, 1);
 	tn_unref(op);
 	return 0;
 }

@@ -1,6 +1,8 @@
 // callbacks.c - an interactive login, told by a callback and by a watch; lines on a descriptor; the events of a watch.
 #include "check.h"
 
+#include <stdint.h>
+
 static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
 static char url[1024];
@@ -19,6 +21,81 @@ static void on_url(void *user, const char *text) {
 	urls++;
 	pthread_cond_broadcast(&cond);
 	pthread_mutex_unlock(&mu);
+}
+
+static struct {
+	int entered, go, cancel, over;
+	tailnode_op op;
+} slow_log;
+
+static void on_slow_log(void *user, int level, const char *text, size_t len) {
+	(void)user, (void)level, (void)text, (void)len;
+	pthread_mutex_lock(&mu);
+	CHECK(!slow_log.over);
+	slow_log.entered = 1;
+	pthread_cond_broadcast(&cond);
+	while (!slow_log.go)
+		pthread_cond_wait(&cond, &mu);
+	int cancel = slow_log.cancel;
+	slow_log.cancel = 0;
+	pthread_mutex_unlock(&mu);
+	if (cancel)
+		CHECK(tailnode_op_cancel(slow_log.op) == 0);
+}
+
+static void *wait_for_close(void *p) {
+	(void)p;
+	tailnode_error e;
+	return (void *)(intptr_t)tailnode_op_wait(slow_log.op, 60000, NULL, &e);
+}
+
+// While a callback runs, the end of its node's close does not come, and nobody who asks for it waits for the callback, nor the callback for them.
+static void close_during_a_callback(void) {
+	for (int cancel = 0; cancel < 2; cancel++) {
+		tailnode_options o = options("cslow");
+		tailnode_node n;
+		tailnode_event ev;
+		pthread_t t;
+		void *res;
+		int w, code;
+		memset(&slow_log, 0, sizeof slow_log);
+		o.auth_key = getenv("TEST_KEY");
+		o.log = on_slow_log;
+		o.log_level = TAILNODE_LOG_DEBUG;
+		OK(tailnode_new(&o, &n, &err));
+		OK(tailnode_watch(n, 0, &w, &err));
+		OK(tailnode_up(n, 30000, &err));
+		pthread_mutex_lock(&mu);
+		while (!slow_log.entered)
+			pthread_cond_wait(&cond, &mu);
+		pthread_mutex_unlock(&mu);
+		OK(tailnode_close_start(n, &slow_log.op, &err));
+		while ((code = tailnode_read_event(w, &ev, &err)) == 0) // the core is at it
+			;
+		WANT(code, TAILNODE_CLOSED);
+		close(w);
+		WANT(tailnode_op_wait(slow_log.op, 200, NULL, &err), TAILNODE_PENDING);
+		WANT(tailnode_op_take(slow_log.op, NULL, &err), TAILNODE_PENDING);
+		struct pollfd p = {.fd = tailnode_op_fd(slow_log.op), .events = POLLIN};
+		CHECK(poll(&p, 1, 0) == 0);
+		if (cancel)
+			CHECK(pthread_create(&t, NULL, wait_for_close, NULL) == 0);
+		pthread_mutex_lock(&mu);
+		slow_log.go = 1;
+		slow_log.cancel = cancel;
+		pthread_cond_broadcast(&cond);
+		pthread_mutex_unlock(&mu);
+		if (cancel) {
+			pthread_join(t, &res);
+			CHECK((intptr_t)res == TAILNODE_CANCELED || (intptr_t)res == TAILNODE_CLOSED); // closed: it came too late to find it
+		} else {
+			wait_in(p.fd, 30000);
+			OK(tailnode_op_take(slow_log.op, NULL, &err));
+			pthread_mutex_lock(&mu);
+			slow_log.over = 1;
+			pthread_mutex_unlock(&mu);
+		}
+	}
 }
 
 int main(int argc, char **argv) {
@@ -117,6 +194,8 @@ int main(int argc, char **argv) {
 	OK(tailnode_new(&o, &quiet, &err));
 	OK(tailnode_up(quiet, 30000, &err));
 	OK(tailnode_close(quiet, &err));
+
+	close_during_a_callback();
 
 	OK(tailnode_close_start(node, &op, &err)); // the end of the operation is that of the callbacks, too
 	OK(tailnode_op_wait(op, 30000, NULL, &err));
