@@ -58,9 +58,39 @@ func (nd *node) dial(ctx context.Context, rq *request, rp *reply) (err error) {
 	return err
 }
 
+// awaitAddress waits until the node runs where address has a host, which must be one of the node's addresses: Server.Listen would, but
+// not be cancelled. What is wrong with the arguments is for that to say, at once.
+func (nd *node) awaitAddress(ctx context.Context, proto, network, address string) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil
+	}
+	ip, err := netip.ParseAddr(host)
+	if ip = ip.Unmap(); err != nil || ip.IsUnspecified() {
+		return nil
+	}
+	switch family, ok := strings.CutPrefix(network, proto); {
+	case !ok && network != "", family == "4" && !ip.Is4(), family == "6" && !ip.Is6(), family != "" && family != "4" && family != "6":
+		return nil
+	}
+	if _, err := net.DefaultResolver.LookupPort(ctx, proto, port); err != nil {
+		return nil
+	}
+	if _, err := nd.srv.Up(ctx); err != nil {
+		if e, ok := errors.AsType[*tailnode.Error](err); ok {
+			return &tailnode.Error{Op: "listen", Code: e.Code, Err: e.Err}
+		}
+		return err
+	}
+	return ctx.Err()
+}
+
 // listen makes a listener. Connections wait in its socket, with their addresses, until the host takes them; when the socket is
 // full, about 200 later, they wait in the stack.
-func (nd *node) listen(rq *request, rp *reply) (started func(), err error) {
+func (nd *node) listen(ctx context.Context, rq *request, rp *reply) (started func(), err error) {
+	if err := nd.awaitAddress(ctx, "tcp", rq.str[0], rq.str[1]); err != nil {
+		return nil, err
+	}
 	ln, err := nd.srv.Listen(rq.str[0], rq.str[1])
 	if err != nil {
 		return nil, err
@@ -176,7 +206,10 @@ func (c *unconnected) put(b []byte) {
 	c.WriteTo(b[addrSize:], net.UDPAddrFromAddrPort(to))
 }
 
-func (nd *node) listenPacket(rq *request, rp *reply) error {
+func (nd *node) listenPacket(ctx context.Context, rq *request, rp *reply) error {
+	if err := nd.awaitAddress(ctx, "udp", rq.str[0], rq.str[1]); err != nil {
+		return err
+	}
 	pc, err := nd.srv.ListenPacket(rq.str[0], rq.str[1])
 	if err != nil {
 		return err

@@ -449,9 +449,9 @@ func (nd *node) do(ctx context.Context, rq *request, rp *reply) (started func(),
 	case kDial:
 		return nil, nd.dial(ctx, rq, rp)
 	case kListen:
-		return nd.listen(rq, rp)
+		return nd.listen(ctx, rq, rp)
 	case kListenPacket:
-		return nil, nd.listenPacket(rq, rp)
+		return nil, nd.listenPacket(ctx, rq, rp)
 	case kWatch:
 		return nil, nd.watch(lc, rq, rp)
 	case kLoopback:

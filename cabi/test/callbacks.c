@@ -120,7 +120,7 @@ int main(int argc, char **argv) {
 	while (tailnode_read_event(theirs, &ev, &err) == 0)
 		CHECK(ev.state == TAILNODE_STATE_RUNNING);
 
-	int lines[2], w;
+	int lines[2], w, w2;
 	CHECK(pipe(lines) == 0);
 	o = options("clogin");
 	o.auth_url = on_url;
@@ -152,6 +152,31 @@ int main(int argc, char **argv) {
 	WANT(tailnode_up(node, 1, &err), TAILNODE_TIMEOUT);
 	WANT(tailnode_op_take(op, NULL, &err), TAILNODE_PENDING);
 
+	// Listens on an address, which wait for the node to run, and are given up: they take no port when it does.
+	tailnode_addr next; // the one that it will have
+	tailnode_stats st = {.size = sizeof st};
+	char addr[TAILNODE_ADDR_TEXT];
+	OK(tailnode_addresses(admin, &next, NULL, &err));
+	next.ip[3]++;
+	next.port = 80;
+	OK(tailnode_addr_format(&next, addr, sizeof addr));
+	OK(tailnode_runtime_stats(node, &st, &err));
+	int64_t before = (int64_t)st.calls_in_flight;
+	tailnode_op given_up[40], kept[2];
+	for (int i = 0; i < 40; i++)
+		OK(i % 2 ? tailnode_listen_start(node, "tcp", addr, 0, &given_up[i], &err) : tailnode_listen_packet_start(node, "udp", addr, 0, &given_up[i], &err));
+	do
+		OK(tailnode_runtime_stats(node, &st, &err));
+	while ((int64_t)st.calls_in_flight < before + 40);
+	for (int i = 0; i < 40; i++)
+		OK(tailnode_op_cancel(given_up[i]));
+	do // an alarm if they stay
+		OK(tailnode_runtime_stats(node, &st, &err));
+	while ((int64_t)st.calls_in_flight > before);
+	OK(tailnode_listen_start(node, "tcp", addr, 0, &kept[0], &err));
+	OK(tailnode_listen_packet_start(node, "udp", addr, 0, &kept[1], &err));
+	WANT(tailnode_listen(node, "tcp6", addr, 0, &w2, NULL, &err), TAILNODE_INVALID_ARGUMENT); // at once
+
 	int fd; // somebody visits it
 	char answer[200] = {0};
 	OK(tailnode_dial(admin, "tcp", "gopeer:21", 0, 30000, &fd, NULL, NULL, &err));
@@ -162,6 +187,12 @@ int main(int argc, char **argv) {
 		FAIL("%s", answer);
 	close(fd);
 	OK(tailnode_op_wait(op, 60000, NULL, &err));
+	for (int i = 0; i < 2; i++) {
+		tailnode_result r = {.size = sizeof r};
+		OK(tailnode_op_wait(kept[i], 30000, &r, &err));
+		CHECK(!memcmp(&r.local, &next, sizeof next));
+		close(r.fd);
+	}
 	while (ev.state != TAILNODE_STATE_RUNNING)
 		OK(tailnode_read_event(w, &ev, &err));
 	CHECK(urls == 1);
