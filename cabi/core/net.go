@@ -230,6 +230,7 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 		p.Close()
 		return -1, err
 	}
+	s.stampMessages() // before the host has its end
 	if !nd.hold(s) {
 		unix.Close(host)
 		s.Close()
@@ -257,7 +258,7 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 	both.Go(func() {
 		for s.readable() == nil {
 			b := datagrams.Get().(*[addrSize + maxDatagram]byte)
-			n, _, err := s.receive(b[:], nil)
+			n, err := s.receive(b[:])
 			if err == nil {
 				p.put(b[:n])
 			}

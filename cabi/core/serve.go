@@ -167,7 +167,7 @@ func (se *session) take(buf, oob []byte) (rq request, fds []int, short bool, err
 			time.Sleep(time.Millisecond) // another thread of the process was faster
 		}
 	}
-	n, _, err := se.s.receive(buf, nil)
+	n, err := se.s.receive(buf)
 	if err == nil {
 		rq, err = parseRequest(buf[:n])
 		clear(buf[:n]) // there may be an auth key in it

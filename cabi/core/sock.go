@@ -13,8 +13,9 @@ import (
 
 // sock is one end of a Unix socket pair. A goroutine that waits for it occupies no thread.
 type sock struct {
-	f  *os.File
-	rc syscall.RawConn
+	f     *os.File
+	rc    syscall.RawConn
+	stamp []byte // room for the time of a message, nil where messages have none
 }
 
 func newSock(fd int) (*sock, error) {
@@ -29,7 +30,7 @@ func newSock(fd int) (*sock, error) {
 		f.Close()
 		return nil, err
 	}
-	return &sock{f, rc}, nil
+	return &sock{f: f, rc: rc}, nil
 }
 
 // newPair returns both ends of a new pair: the host's, as a plain descriptor, and ours.
@@ -105,24 +106,35 @@ func (s *sock) awaitEnd() {
 	s.rc.Read(func(fd uintptr) bool { return events(fd)&unix.POLLHUP != 0 })
 }
 
-// receive reads one message of a SOCK_SEQPACKET socket, with what it carries. io.EOF: the other end is closed.
-func (s *sock) receive(b, oob []byte) (n, oobn int, err error) {
+// stampMessages makes an empty message of the other end's different from its end: what receive gets then has a time with it.
+func (s *sock) stampMessages() {
+	s.rc.Control(func(fd uintptr) {
+		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TIMESTAMP, 1) == nil {
+			s.stamp = make([]byte, unix.CmsgSpace(int(unsafe.Sizeof(unix.Timeval{})))) // and no room for descriptors
+		}
+	})
+}
+
+// receive reads one message of a SOCK_SEQPACKET socket, for one goroutine; descriptors that it carries are dropped. io.EOF: the other end is closed.
+func (s *sock) receive(b []byte) (n int, err error) {
 	werr := s.rc.Read(func(fd uintptr) bool {
+		var oobn int
 		for {
-			n, oobn, _, _, err = unix.Recvmsg(int(fd), b, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			n, oobn, _, _, err = unix.Recvmsg(int(fd), b, s.stamp, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 			if err != unix.EINTR {
 				break
 			}
 		}
-		if err == nil && n == 0 && events(fd)&(unix.POLLRDHUP|unix.POLLHUP) != 0 {
-			err = io.EOF // not an empty message
+		// With messages that are stamped the end is known. Without, an empty message before it is taken for it.
+		if err == nil && n == 0 && oobn == 0 && events(fd)&(unix.POLLRDHUP|unix.POLLHUP) != 0 {
+			err = io.EOF
 		}
 		return err != unix.EAGAIN
 	})
 	if werr != nil {
-		return 0, 0, werr
+		return 0, werr
 	}
-	return n, oobn, err
+	return n, err
 }
 
 // peek waits for a message of a SOCK_SEQPACKET socket and returns its first bytes and what it carries; the message stays. short: there

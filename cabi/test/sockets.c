@@ -190,6 +190,22 @@ static void datagrams(void) {
 	close(away);
 	close(back);
 
+	// What was sent before a close arrives, also after empty datagrams.
+	OK(tailnode_listen_packet(b, "udp4", ":84", TAILNODE_NONBLOCK, &back, NULL, &err));
+	for (int i = 0; i < 20; i++) {
+		OK(tailnode_dial(a, "udp4", "cbeta:84", 0, 30000, &away, NULL, NULL, &err));
+		for (int j = 0; j < i % 4; j++)
+			CHECK(send(away, "", 0, MSG_NOSIGNAL) == 0);
+		CHECK(send(away, "last", 4, MSG_NOSIGNAL) == 4);
+		close(away);
+		for (int j = 0; j <= i % 4; j++) {
+			wait_in(back, 10000);
+			OK(tailnode_recvfrom(back, in, sizeof in, &n, &from2, &err));
+			CHECK(n == (j < i % 4 ? 0 : 4));
+		}
+	}
+	close(back);
+
 	to.family = 9;
 	WANT(tailnode_sendto(u, "x", 1, &to, &err), TAILNODE_INVALID_ARGUMENT);
 	close(u);
