@@ -37,9 +37,12 @@ enum { DIR_, HOSTNAME, AUTHKEY, CONTROL_URL };
 static pthread_mutex_t servers_mu = PTHREAD_MUTEX_INITIALIZER;
 static struct server *servers;
 static int last_id;
-static volatile int forked;
+static volatile int forked, used;
 
-static void in_child(void) { forked = 1; }
+static void in_child(void) {
+	if (used) // else there is no handle to be torn apart: a daemon may fork first
+		forked = 1;
+}
 __attribute__((constructor)) static void at_load(void) { pthread_atfork(NULL, NULL, in_child); }
 
 // What went wrong last in this thread.
@@ -97,6 +100,7 @@ static int fail(struct server *s, const char *text) {
 API tailscale tailscale_new(void) {
 	if (forked)
 		return -1;
+	used = 1;
 	struct server *s = calloc(1, sizeof *s);
 	if (!s)
 		return -1;
