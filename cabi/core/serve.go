@@ -62,6 +62,17 @@ func (p *spare) fill() {
 	}
 }
 
+// keep takes fd over, in place of fill where a moment without one would be too long.
+func (p *spare) keep(fd int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.held {
+		unix.Close(fd)
+	} else {
+		p.fd, p.held = fd, true
+	}
+}
+
 func (p *spare) free() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -118,7 +129,6 @@ func Serve(fd int) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	se := &session{s: s, ctx: ctx, nodes: map[uint64]*node{}, slots: make(chan struct{}, maxInFlight)}
-	se.spare.fill()
 	err = se.loop()
 	cancel()
 	se.closeAll()
@@ -185,6 +195,7 @@ func (se *session) loop() error {
 	buf := make([]byte, maxRequest)
 	oob := make([]byte, unix.CmsgSpace(4*4))
 	for {
+		se.spare.fill() // where the last request took it, and there is room again
 		rq, fds, short, err := se.take(buf, oob)
 		if err != nil {
 			return err
@@ -200,21 +211,25 @@ func (se *session) loop() error {
 			delete(se.nodes, rq.node)
 		}
 		se.mu.Unlock()
-		var to *sock
-		if len(fds) == 1 {
-			to, _ = newSock(fds[0])
-		} else {
+		if len(fds) != 1 {
 			for _, fd := range fds {
 				unix.Close(fd)
 			}
+			fds = nil
 		}
-		if rq.kind != kClose && (to == nil || short) {
-			if to != nil { // there is room in a socket that is new
-				rp := errorReply(errNoDescriptor)
-				to.send(append(rp.appendHead(nil), rp.data...), nil, false)
-				to.Close()
+		if short && rq.kind != kClose {
+			if fds != nil {
+				rp := errorReply(errNoDescriptor) // for which there is room in a socket that is new
+				unix.SendmsgN(fds[0], append(rp.appendHead(nil), rp.data...), nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+				se.spare.keep(fds[0]) // the host does not wait for its end
 			}
-			se.spare.fill()
+			continue
+		}
+		var to *sock
+		if fds != nil {
+			to, _ = newSock(fds[0])
+		}
+		if to == nil && rq.kind != kClose {
 			continue
 		}
 		se.slots <- struct{}{}
