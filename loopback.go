@@ -79,7 +79,12 @@ func (l *loopback) serve(s *Server) error {
 			if err != nil {
 				return
 			}
-			slots <- struct{}{}
+			select {
+			case slots <- struct{}{}:
+			default: // to wait here would be to keep the others waiting
+				c.Close()
+				continue
+			}
 			l.wg.Go(func() {
 				defer func() { <-slots }()
 				pc := &peeked{Conn: c, first: make([]byte, 1), stop: context.AfterFunc(ctx, func() { c.Close() })}

@@ -142,3 +142,65 @@ func TestLoopbackLocalAPI(t *testing.T) {
 		})
 	}
 }
+
+// loopback returns what Loopback of a server gives that waits for somebody to log in.
+func (tn *tailnet) loopback(t *testing.T) (addr, proxyCred, localAPICred string) {
+	t.Helper()
+	s, _ := tn.visitor(t, "visitor")
+	addr, proxyCred, localAPICred, err := s.Loopback()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr, proxyCred, localAPICred
+}
+
+// loopbackConns is the bound of connections at a time.
+const loopbackConns = 1024
+
+// awaitLocalAPI asks for the status until there is a place for who asks.
+func awaitLocalAPI(t *testing.T, addr, cred string) {
+	t.Helper()
+	ctx := withTimeout(t, 20*time.Second)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for {
+		req, _ := http.NewRequestWithContext(ctx, "GET", "http://"+addr+"/localapi/v0/status", nil)
+		req.Header.Set("Sec-Tailscale", "localapi")
+		req.SetBasicAuth("", cred)
+		res, err := client.Do(req)
+		if err == nil {
+			res.Body.Close()
+			if res.StatusCode != 200 {
+				t.Fatal(res.Status)
+			}
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestLoopbackClientsThatLeft has as many SOCKS clients give up waiting as there are places.
+func TestLoopbackClientsThatLeft(t *testing.T) {
+	addr, cred, local := newTailnet(t).loopback(t)
+	hello := "\x05\x01\x02" + "\x01\x05tsnet" + string(rune(len(cred))) + cred
+	request := "\x05\x01\x00\x03\x0a100.64.0.9\x00\x50"
+	var clients []net.Conn
+	for range loopbackConns {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		io.WriteString(c, hello+request)
+		if _, err := io.ReadFull(c, make([]byte, 4)); err != nil {
+			t.Fatal(err)
+		}
+		clients = append(clients, c)
+	}
+	for _, c := range clients {
+		c.Close()
+	}
+	awaitLocalAPI(t, addr, local)
+}

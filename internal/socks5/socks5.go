@@ -2,6 +2,7 @@
 package socks5
 
 import (
+	"bytes"
 	"context"
 	"crypto/subtle"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"time"
 )
@@ -34,6 +36,7 @@ const (
 	addrName        = 3
 	addrIPv6        = 4
 	greetingTimeout = 10 * time.Second
+	dialTimeout     = time.Minute
 )
 
 // Server says what a connection is served with.
@@ -46,6 +49,7 @@ type Server struct {
 var (
 	errProtocol = errors.New("socks5: not the protocol")
 	errAuth     = errors.New("socks5: wrong user name or password")
+	errGone     = errors.New("socks5: the client has gone")
 )
 
 // Serve serves c, closes it and returns when it is over. ctx ends it.
@@ -66,7 +70,10 @@ func (s *Server) Serve(ctx context.Context, c net.Conn) error {
 		return err
 	}
 	c.SetDeadline(time.Time{})
-	out, err := s.Dial(ctx, "tcp", addr)
+	out, early, err := s.dial(ctx, c, addr)
+	if errors.Is(err, errGone) {
+		return err
+	}
 	if err != nil {
 		code := byte(GeneralFailure)
 		if s.Code != nil {
@@ -84,7 +91,38 @@ func (s *Server) Serve(ctx context.Context, c net.Conn) error {
 	if err := reply(c, Succeeded, bound); err != nil {
 		return err
 	}
-	return join(c, out)
+	return join(c, out, early)
+}
+
+// dial dials addr for as long as the client is there, and at most for dialTimeout. It returns what the client has sent meanwhile.
+func (s *Server) dial(ctx context.Context, c net.Conn, addr string) (out net.Conn, early []byte, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// Not a deadline of the context, with which Dial would wait as long for a name that nobody has.
+	defer time.AfterFunc(dialTimeout, func() { cancel(context.DeadlineExceeded) }).Stop()
+	first := make([]byte, 1)
+	watched := make(chan error, 1)
+	go func() {
+		n, err := c.Read(first)
+		if first = first[:n]; n > 0 {
+			err = nil
+		}
+		if err != nil {
+			cancel(errGone)
+		}
+		watched <- err
+	}()
+	out, err = s.Dial(ctx, "tcp", addr)
+	c.SetReadDeadline(time.Unix(1, 0))
+	gone := <-watched
+	c.SetReadDeadline(time.Time{})
+	if gone != nil && !errors.Is(gone, os.ErrDeadlineExceeded) {
+		if err == nil {
+			out.Close()
+		}
+		return nil, nil, fmt.Errorf("%w: %w", errGone, gone)
+	}
+	return out, first, err
 }
 
 // authenticate is RFC 1928 §3 and RFC 1929 §2.
@@ -216,10 +254,10 @@ func reply(w io.Writer, code byte, bound netip.AddrPort) error {
 	return err
 }
 
-// join copies both ways until both have ended, and passes half-closes on.
-func join(a, b net.Conn) error {
+// join copies both ways until both have ended, and passes half-closes on. What was read of a before comes first.
+func join(a, b net.Conn, early []byte) error {
 	done := make(chan error, 2)
-	half := func(dst, src net.Conn) {
+	half := func(dst net.Conn, src io.Reader) {
 		_, err := io.Copy(dst, src)
 		if err == nil {
 			if h, ok := dst.(interface{ CloseWrite() error }); ok {
@@ -233,6 +271,6 @@ func join(a, b net.Conn) error {
 		done <- err
 	}
 	go half(a, b)
-	go half(b, a)
+	go half(b, io.MultiReader(bytes.NewReader(early), a))
 	return errors.Join(<-done, <-done)
 }

@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"go.uber.org/goleak"
 )
@@ -56,6 +58,93 @@ func TestConversation(t *testing.T) {
 			}
 		})
 	}
+}
+
+const (
+	request = "\x05\x01\x00\x03\x04beta\x00\x50"
+	welcome = "\x05\x02\x01\x00" // to login
+)
+
+// dialling serves a client that has made its request, and returns when Dial is under way, with its context.
+func dialling(t *testing.T, s *Server) (client net.Conn, dial context.Context, served <-chan error) {
+	client, server := net.Pipe()
+	ctxs := make(chan context.Context, 1)
+	answer := s.Dial
+	s.User, s.Password = "u", "pw"
+	s.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		ctxs <- ctx
+		return answer(ctx, network, addr)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(t.Context(), server) }()
+	go client.Write([]byte(login + request))
+	if _, err := io.ReadFull(client, make([]byte, len(welcome))); err != nil {
+		t.Fatal(err)
+	}
+	return client, <-ctxs, done
+}
+
+func nobody(ctx context.Context, _, _ string) (net.Conn, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
+}
+
+func TestClientLeavesDial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, dial, served := dialling(t, &Server{Dial: nobody})
+		began := time.Now()
+		client.Close()
+		if err := <-served; !errors.Is(err, errGone) || time.Since(began) != 0 {
+			t.Errorf("%v after %v", err, time.Since(began))
+		}
+		if dial.Err() == nil {
+			t.Error("the dial was not ended")
+		}
+	})
+}
+
+func TestDialLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, dial, served := dialling(t, &Server{Dial: nobody})
+		defer client.Close()
+		if _, ok := dial.Deadline(); ok {
+			t.Error("a deadline, with which an unknown name is waited for as long")
+		}
+		began := time.Now()
+		var b [10]byte
+		if _, err := io.ReadFull(client, b[:]); err != nil || b[1] != GeneralFailure || time.Since(began) != dialTimeout {
+			t.Errorf("reply %x, %v, after %v", b, err, time.Since(began))
+		}
+		if err := <-served; !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	})
+}
+
+// TestEarlyData sends before the reply.
+func TestEarlyData(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		connect := make(chan struct{})
+		client, _, served := dialling(t, &Server{Dial: func(context.Context, string, string) (net.Conn, error) {
+			<-connect
+			return near, nil
+		}})
+		go client.Write([]byte("hello"))
+		synctest.Wait()
+		close(connect)
+		var reply [10]byte
+		if _, err := io.ReadFull(client, reply[:]); err != nil || reply[1] != Succeeded {
+			t.Fatalf("reply %x, %v", reply, err)
+		}
+		b := make([]byte, 5)
+		if _, err := io.ReadFull(far, b); err != nil || string(b) != "hello" {
+			t.Errorf("got %q, %v", b, err)
+		}
+		client.Close()
+		far.Close()
+		<-served
+	})
 }
 
 func FuzzRequest(f *testing.F) {
