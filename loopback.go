@@ -70,7 +70,7 @@ func (l *loopback) serve(s *Server) error {
 	l.cancel = cancel
 	proxy := &socks5.Server{User: proxyUser, Password: l.proxyCred, Dial: s.Dial, Code: socksCode}
 	api := &handOver{conns: make(chan net.Conn), addr: ln.Addr(), done: ctx.Done()}
-	l.http = &http.Server{Handler: localAPI{s, l.localCred}, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
+	l.http = httpServer(localAPI{s, l.localCred})
 	l.wg.Go(func() { l.http.Serve(api) })
 	l.wg.Go(func() {
 		slots := make(chan struct{}, loopbackConns)
@@ -86,8 +86,8 @@ func (l *loopback) serve(s *Server) error {
 				continue
 			}
 			l.wg.Go(func() {
-				defer func() { <-slots }()
-				pc := &peeked{Conn: c, first: make([]byte, 1), stop: context.AfterFunc(ctx, func() { c.Close() })}
+				stop := context.AfterFunc(ctx, func() { c.Close() })
+				pc := &peeked{Conn: c, first: make([]byte, 1), done: sync.OnceFunc(func() { stop(); <-slots })}
 				// SOCKS5 begins with the byte 5 (RFC 1928 §3), HTTP with a letter.
 				c.SetReadDeadline(time.Now().Add(10 * time.Second))
 				if _, err := c.Read(pc.first); err != nil {
@@ -104,6 +104,14 @@ func (l *loopback) serve(s *Server) error {
 		}
 	})
 	return nil
+}
+
+// httpServer returns a server on which those without a credential, too, keep a connection for a short time only.
+func httpServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: h, MaxHeaderBytes: 16 << 10,
+		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, IdleTimeout: time.Minute,
+	}
 }
 
 // close ends what was served and waits for it.
@@ -147,12 +155,12 @@ func socksCode(err error) byte {
 type peeked struct {
 	net.Conn
 	first []byte
-	stop  func() bool // what closes the connection with the server
+	done  func() // gives its place to another; once
 }
 
 // Close implements net.Conn.
 func (p *peeked) Close() error {
-	p.stop()
+	defer p.done()
 	return p.Conn.Close()
 }
 

@@ -1,6 +1,7 @@
 package tailnode_test
 
 import (
+	"bufio"
 	"encoding/json"
 	"io"
 	"net"
@@ -200,6 +201,39 @@ func TestLoopbackClientsThatLeft(t *testing.T) {
 		clients = append(clients, c)
 	}
 	for _, c := range clients {
+		c.Close()
+	}
+	awaitLocalAPI(t, addr, local)
+}
+
+// TestLoopbackStrangers has somebody without a credential take every place, and leave.
+func TestLoopbackStrangers(t *testing.T) {
+	addr, _, local := newTailnet(t).loopback(t)
+	ask := func() (net.Conn, error) {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		_, err = http.ReadResponse(bufio.NewReader(c), nil)
+		return c, err
+	}
+	var open []net.Conn
+	for i := range loopbackConns {
+		c, err := ask()
+		defer c.Close()
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		open = append(open, c)
+	}
+	c, err := ask()
+	c.Close()
+	if err == nil {
+		t.Error("more than the bound")
+	}
+	for _, c := range open {
 		c.Close()
 	}
 	awaitLocalAPI(t, addr, local)
