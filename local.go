@@ -172,7 +172,7 @@ func peerStatus(m *netmap.Map, p *netmap.Node) *PeerStatus {
 		ID: p.StableID, NodeID: p.ID, PublicKey: p.Key, HostName: p.Hostname, DNSName: p.Name, OS: p.OS,
 		UserID: p.User, AllowedIPs: slices.Clone(p.AllowedIPs), Tags: slices.Clone(p.Tags),
 		PrimaryRoutes: slices.Clone(p.PrimaryRoutes), Relay: node.RegionCode(m, p.HomeDERP),
-		Created: p.Created, Online: p.Online, CapMap: p.CapMap,
+		Created: p.Created, Online: p.Online, CapMap: cloneCaps(p.CapMap),
 		InNetworkMap: true, InMagicSock: true, Expired: m.Expired(p, time.Now()),
 	}
 	for _, a := range p.Addresses {
@@ -223,7 +223,7 @@ func nodeOf(p *netmap.Node) *Node {
 		ID: p.ID, StableID: p.StableID, Name: p.Name, ComputedName: p.ShortName(), User: p.User, Key: p.Key,
 		KeyExpiry: p.KeyExpiry, Addresses: slices.Clone(p.Addresses), AllowedIPs: slices.Clone(p.AllowedIPs),
 		Hostinfo: Hostinfo{Hostname: p.Hostname, OS: p.OS, App: p.App},
-		Created:  p.Created, Tags: slices.Clone(p.Tags), MachineAuthorized: p.MachineAuthorized, CapMap: p.CapMap, Expired: p.Expired,
+		Created:  p.Created, Tags: slices.Clone(p.Tags), MachineAuthorized: p.MachineAuthorized, CapMap: cloneCaps(p.CapMap), Expired: p.Expired,
 	}
 	if p.OnlineKnown {
 		n.Online = new(p.Online)
@@ -243,6 +243,18 @@ func profileOf(m *netmap.Map, p *netmap.Node) *UserProfile {
 		return &UserProfile{ID: p.User, LoginName: "tagged-devices", DisplayName: "Tagged Devices"}
 	}
 	return nil
+}
+
+// cloneCaps copies what the netmap shares with everybody.
+func cloneCaps(m NodeCapMap) NodeCapMap {
+	if len(m) == 0 {
+		return nil
+	}
+	out := make(NodeCapMap, len(m))
+	for c, vs := range m {
+		out[c] = slices.Clone(vs)
+	}
+	return out
 }
 
 func sortKeys(ks []NodePublic) {

@@ -182,6 +182,49 @@ func TestWhoIs(t *testing.T) {
 	wantCode(t, err, tailnode.CodeInvalidArgument)
 }
 
+// TestStatusIsACopy changes all answers that hold capabilities, and asks again.
+func TestStatusIsACopy(t *testing.T) {
+	tn := newTailnet(t)
+	a, b := tn.up("alpha"), tn.up("beta")
+	const has = "example.com/has"
+	if err := tn.coord.SetNodeCaps("beta", map[string][]json.RawMessage{has: {json.RawMessage("1")}}); err != nil {
+		t.Fatal(err)
+	}
+	ip, _ := b.TailscaleIPs()
+	lc, err := a.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	caps := func() []tailnode.NodeCapMap {
+		var out []tailnode.NodeCapMap
+		st, err := lc.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range st.Peer {
+			out = append(out, p.CapMap)
+		}
+		who, err := lc.WhoIs(t.Context(), ip.String())
+		if err == nil {
+			out = append(out, who.Node.CapMap)
+		}
+		return out
+	}
+	until(t, lc, "beta has the capability", func() bool {
+		cs := caps()
+		return len(cs) == 2 && len(cs[0][has]) == 1 && len(cs[1][has]) == 1
+	})
+	for _, m := range caps() {
+		m["mine"] = nil
+		m[has][0] = "2"
+	}
+	for _, m := range caps() {
+		if _, ok := m["mine"]; ok || m[has][0] != "1" {
+			t.Errorf("the node's own netmap was changed: %v", m)
+		}
+	}
+}
+
 func TestFallbackTCPHandler(t *testing.T) {
 	tn := newTailnet(t)
 	a, b := tn.up("alpha"), tn.up("beta")
