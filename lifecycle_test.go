@@ -152,6 +152,31 @@ func TestInteractiveLogin(t *testing.T) {
 	}
 }
 
+func TestCloseFromUserLogf(t *testing.T) {
+	tn := newTailnet(t)
+	s, _ := tn.visitor(t, "visitor")
+	done := make(chan error, 2)
+	s.UserLogf = func(string, ...any) {
+		done <- s.Close()
+		_, err := s.Up(t.Context())
+		done <- err
+	}
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ctx := withTimeout(t, 20*time.Second)
+	for range 2 {
+		select {
+		case err := <-done:
+			if err != nil {
+				wantCode(t, err, tailnode.CodeClosed)
+			}
+		case <-ctx.Done():
+			t.Fatal("Close called from UserLogf never returns")
+		}
+	}
+}
+
 func TestCloseAnyTime(t *testing.T) {
 	tn := newTailnet(t)
 	closeTwice := func(t *testing.T, s *tailnode.Server) {

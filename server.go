@@ -77,13 +77,15 @@ type Server struct {
 	Hostname string
 
 	// UserLogf gets what the user must see, which is the URL for interactive login, once.
-	// Nil means [log.Printf].
+	// Nil means [log.Printf]. It is called on a goroutine of its own, one call at a time, and may
+	// call Close, which does not wait for it for longer than a second.
 	UserLogf func(format string, args ...any)
 
-	// Logf gets diagnostics. Nil means none. Logger is preferred where both are set.
+	// Logf gets diagnostics. Nil means none. Logger is preferred where both are set. It is called by
+	// goroutines that Close waits for, so it must not call Close.
 	Logf func(format string, args ...any)
 
-	// Logger gets diagnostics as structured records. Nil means none.
+	// Logger gets diagnostics as structured records. Nil means none. Like Logf, it must not call Close.
 	Logger *slog.Logger
 
 	// Ephemeral makes the node leave the tailnet when it is closed, or when it is gone.
@@ -267,8 +269,8 @@ func (s *Server) Up(ctx context.Context) (*Status, error) {
 
 // Close takes the node off the tailnet: it ends every listener, connection and blocked call,
 // logs an Ephemeral node out (for up to three seconds), and returns when nothing of the
-// server runs any more. It may be called at any time, from anywhere, also before Start and
-// more than once; every call waits for the first. A closed Server stays closed.
+// server runs any more. It may be called at any time, from anywhere but Logf and Logger, also before
+// Start and more than once; every call waits for the first. A closed Server stays closed.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	if s.closing != nil {

@@ -45,8 +45,8 @@ func (h *handler) AuthURL(url string) {
 			s.State = NeedsLogin // now, for who is shown the URL may look at the state
 		}
 	})
-	if fresh && n.cfg.AuthURL != nil {
-		n.cfg.AuthURL(url)
+	if fresh {
+		n.urls.add(url)
 	}
 }
 
@@ -54,14 +54,15 @@ func (h *handler) AuthURL(url string) {
 func (h *handler) Registered(*tailcfg.RegisterResponse) {
 	n := (*Node)(h)
 	control := n.sess.ControlKey()
+	var err error
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.saved.Registered && n.saved.ControlKey == control {
-		return
+	if !n.saved.Registered || n.saved.ControlKey != control {
+		next := n.saved
+		next.Registered, next.OldNodeKey, next.ControlKey = true, key.NodePublic{}, control
+		err = n.save(next)
 	}
-	next := n.saved
-	next.Registered, next.OldNodeKey, next.ControlKey = true, key.NodePublic{}, control
-	if err := n.save(next); err != nil {
+	n.mu.Unlock() // now, for a Logger may ask for the state
+	if err != nil {
 		n.log.Error("the registration could not be stored; the next start will register again", "err", err)
 	}
 }

@@ -44,7 +44,7 @@ type Config struct {
 	Ephemeral  bool   // log out on Close
 	Tags       []string
 	Version    string // of this software, for the admin's list of machines
-	// AuthURL is called once for each URL that somebody must visit to let the node in.
+	// AuthURL is called once for each URL that somebody must visit to let the node in, one at a time. It may call Close.
 	AuthURL func(url string)
 	// Dial reaches control and relays over the host's network; nil is net.Dialer's.
 	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -55,7 +55,7 @@ type Config struct {
 	// NoPortMap keeps the node from asking the router for a port.
 	NoPortMap bool
 	Limits    datapath.Limits
-	Logger    *slog.Logger
+	Logger    *slog.Logger // must not call Close
 }
 
 // State says how far a Node is.
@@ -98,6 +98,7 @@ type Node struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
+	urls     urls
 	build    *netmap.Builder // belongs to the session's goroutine
 	settling atomic.Bool     // settle is under way
 
@@ -156,6 +157,7 @@ func Start(cfg Config) (*Node, error) {
 		closed:   make(chan struct{}),
 		homeKick: make(chan struct{}, 1),
 		status:   Status{State: Starting},
+		urls:     urls{show: cfg.AuthURL},
 		build:    netmap.NewBuilder(),
 	}
 	if err := n.loadNode(); err != nil {
@@ -392,6 +394,7 @@ func (n *Node) Close() {
 		}
 		n.cancel()
 		n.sess.Close()
+		n.urls.close()
 		n.ports.Close()
 		n.holes.Close()
 		n.engine.Close()

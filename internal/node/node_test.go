@@ -6,11 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -241,6 +245,23 @@ func (s *failing) WriteState(id string, b []byte) error {
 	return s.Store.WriteState(id, b)
 }
 
+// asking is a log that asks the node for its state at every error.
+type asking struct {
+	slog.Handler
+	node  atomic.Pointer[Node]
+	asked atomic.Int32
+}
+
+func (a *asking) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelError }
+
+func (a *asking) Handle(context.Context, slog.Record) error {
+	if n := a.node.Load(); n != nil {
+		n.Status()
+		a.asked.Add(1)
+	}
+	return nil
+}
+
 func TestStoreFails(t *testing.T) {
 	boom := errors.New("the disk is gone")
 	for name, c := range map[string]struct{ read, write error }{"read": {read: boom}, "write": {write: boom}} {
@@ -301,6 +322,30 @@ func TestStoreFails(t *testing.T) {
 			t.Error("a node key is in use that is not stored")
 		}
 	})
+	t.Run("who logs that a registration is not stored may ask for the state", func(t *testing.T) {
+		st := &failing{Store: state.NewMemory()}
+		a := &asking{Handler: slog.DiscardHandler}
+		n, err := Start(Config{Store: st, Hostname: "a", ControlURL: "http://control.test", Dial: nowhere, Logger: slog.New(a)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.node.Store(n)
+		st.set(nil, boom)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			(*handler)(n).Registered(nil)
+			n.Close()
+		}()
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			t.Fatal("the log waits for itself")
+		}
+		if a.asked.Load() == 0 {
+			t.Error("nothing was logged")
+		}
+	})
 	t.Run("another control server gets another key", func(t *testing.T) {
 		st := state.NewMemory()
 		keys := map[key.NodePublic]bool{}
@@ -315,6 +360,49 @@ func TestStoreFails(t *testing.T) {
 		if len(keys) != 2 {
 			t.Errorf("%d node keys for two servers", len(keys))
 		}
+	})
+}
+
+func TestURLs(t *testing.T) {
+	t.Run("in order, the oldest left out", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			var got []string
+			goOn := make(chan struct{})
+			u := urls{show: func(url string) { got = append(got, url); <-goOn }}
+			u.add("first")
+			synctest.Wait()
+			for i := range maxURLs + 1 {
+				u.add(fmt.Sprint(i))
+			}
+			close(goOn)
+			synctest.Wait()
+			if want := []string{"first", "1", "2", "3", "4", "5", "6", "7", "8"}; !slices.Equal(got, want) {
+				t.Errorf("shown %q, want %q", got, want)
+			}
+			u.add("later")
+			synctest.Wait()
+			u.close()
+			u.add("too late")
+			synctest.Wait()
+			if got[len(got)-1] != "later" {
+				t.Errorf("shown %q", got)
+			}
+		})
+	})
+	t.Run("close waits", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			for _, c := range []struct{ takes, waits time.Duration }{{showWait / 2, showWait / 2}, {2 * showWait, showWait}} {
+				u := urls{show: func(string) { time.Sleep(c.takes) }}
+				u.add("")
+				synctest.Wait()
+				began := time.Now()
+				u.close()
+				if d := time.Since(began); d != c.waits {
+					t.Errorf("waited %v for what takes %v", d, c.takes)
+				}
+				time.Sleep(c.takes) // until it ends
+			}
+		})
 	})
 }
 
