@@ -70,11 +70,11 @@ type Client struct {
 	mu      sync.Mutex // guards what follows; never held while waiting
 	closed  bool
 	conn    *http.ClientConn
-	raw     net.Conn              // beneath conn
-	open    map[*tracked]struct{} // every channel not closed yet: an old one may still carry a stream
-	dialing chan struct{}         // closed when the dial under way is over; nil: none
-	stop    context.CancelFunc    // of the dial under way
-	dialErr error                 // of the last dial
+	raw     net.Conn                // beneath conn
+	open    map[*tracked]struct{}   // every channel not closed yet: an old one may still carry a stream
+	dialing chan struct{}           // closed when the dial under way is over; nil: none
+	stop    context.CancelCauseFunc // of the dial under way
+	dialErr error                   // of the last dial
 	ckey    key.MachinePublic
 
 	ctx    context.Context // ends with Close
@@ -181,7 +181,7 @@ func (c *Client) AbortDial() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.dialing != nil {
-		c.stop()
+		c.stop(ErrAborted) // not context.Canceled, which would look like the caller's
 	}
 }
 
@@ -207,7 +207,7 @@ func (c *Client) get(ctx context.Context) (conn *http.ClientConn, used bool, err
 		}
 		if c.dialing == nil {
 			c.dialing = make(chan struct{})
-			ctx, cancel := context.WithCancel(c.ctx)
+			ctx, cancel := context.WithCancelCause(c.ctx)
 			c.stop = cancel
 			c.wg.Add(1)
 			go c.connectFor(ctx, cancel, c.dialing)
@@ -223,9 +223,9 @@ func (c *Client) get(ctx context.Context) (conn *http.ClientConn, used bool, err
 }
 
 // connectFor opens a connection for all who wait on done.
-func (c *Client) connectFor(ctx context.Context, cancel context.CancelFunc, done chan struct{}) {
+func (c *Client) connectFor(ctx context.Context, cancel context.CancelCauseFunc, done chan struct{}) {
 	defer c.wg.Done()
-	defer cancel()
+	defer cancel(nil)
 	conn, raw, err := c.connect(ctx)
 	c.mu.Lock()
 	c.dialing, c.dialErr = nil, err

@@ -24,6 +24,8 @@ var (
 	// ErrSilent is wrapped when the map stream brought nothing, not even a keep-alive, for
 	// the watchdog's time.
 	ErrSilent = errors.New("control: the server fell silent")
+	// ErrAborted is wrapped when AbortDial ended a dial.
+	ErrAborted = errors.New("control: given up for another attempt, as the network changed")
 	// ErrLoggedOut ends a Session that was logged out.
 	ErrLoggedOut = errors.New("control: logged out")
 )

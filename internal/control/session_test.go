@@ -445,6 +445,22 @@ func TestSessionReconnect(t *testing.T) {
 	})
 }
 
+// TestAbortDial has a dial given up; whose context that was must not look like the caller's.
+func TestAbortDial(t *testing.T) {
+	bubble("", t, func(t *testing.T, f *fake, _ *log) {
+		c := f.client(t, func(c *Config) {
+			c.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
+		})
+		go func() {
+			synctest.Wait()
+			c.AbortDial()
+		}()
+		if _, _, err := c.get(t.Context()); !errors.Is(err, ErrAborted) || errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+}
+
 func TestSessionStream(t *testing.T) {
 	bubble("deltas, pings and a dial plan", t, func(t *testing.T, f *fake, l *log) {
 		var path, method, body string

@@ -349,10 +349,23 @@ func (n *Node) Await(ctx context.Context, done func(Status) (bool, error)) (Stat
 	}
 }
 
-// why says what was missing when ctx ended: "deadline exceeded" alone helps nobody.
+// why says what was missing when ctx ended: "deadline exceeded" alone helps nobody. The code is that of ctx's end, whatever
+// kept the call waiting.
 func why(ctx context.Context, st Status) error {
-	err := context.Cause(ctx)
+	err := missing(context.Cause(ctx), st)
+	switch cause := context.Cause(ctx); {
+	case errcode.Of(cause) != 0:
+		return err
+	case errors.Is(cause, context.DeadlineExceeded), ctx.Err() == context.DeadlineExceeded:
+		return errcode.With(errcode.Timeout, err)
+	}
+	return errcode.With(errcode.Canceled, err)
+}
+
+func missing(err error, st Status) error {
 	switch {
+	case errors.Is(st.Err, context.Canceled), errors.Is(st.Err, context.DeadlineExceeded): // not the caller's
+		return fmt.Errorf("%w (%v)", err, st.Err)
 	case st.Err != nil:
 		return fmt.Errorf("%w (%w)", err, st.Err)
 	case st.State == NeedsLogin && st.AuthURL != "":

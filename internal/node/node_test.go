@@ -363,6 +363,45 @@ func TestStoreFails(t *testing.T) {
 	})
 }
 
+// TestWhy has contexts end while something else is wrong, which must not look like their end.
+func TestWhy(t *testing.T) {
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	late, cancel := context.WithTimeout(t.Context(), 0)
+	defer cancel()
+	given, give := context.WithCancelCause(t.Context())
+	give(context.DeadlineExceeded)
+	coded, end := context.WithCancelCause(t.Context())
+	end(errNodeClosed)
+	for _, c := range []struct {
+		name string
+		ctx  context.Context
+		code errcode.Code
+		is   error
+	}{
+		{"cancelled", canceled, errcode.Canceled, context.Canceled},
+		{"timed out", late, errcode.Timeout, context.DeadlineExceeded},
+		{"a cause", given, errcode.Timeout, context.DeadlineExceeded},
+		{"a cause with a code", coded, errcode.Closed, net.ErrClosed},
+	} {
+		for _, wrong := range []error{nil, context.Canceled, context.DeadlineExceeded, errcode.New(errcode.StateIO, "the disk is gone")} {
+			st := Status{State: Starting, Err: wrong}
+			err := why(c.ctx, st)
+			if errcode.Of(err) != c.code || !errors.Is(err, c.is) {
+				t.Errorf("%s while %v: %v (code %v), want %v", c.name, wrong, err, errcode.Of(err), c.code)
+			}
+			for _, other := range []error{context.Canceled, context.DeadlineExceeded} {
+				if other != c.is && errors.Is(err, other) {
+					t.Errorf("%s while %v: %v is %v", c.name, wrong, err, other)
+				}
+			}
+			if wrong != nil && !strings.Contains(err.Error(), wrong.Error()) {
+				t.Errorf("%v does not say %v", err, wrong)
+			}
+		}
+	}
+}
+
 func TestURLs(t *testing.T) {
 	t.Run("in order, the oldest left out", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
