@@ -36,6 +36,8 @@ const (
 	// recentDial is the time after opening a channel by way of port 80 within which opening
 	// another one goes by way of TLS: some middleboxes let the upgrade pass and cut what follows.
 	recentDial = 2 * time.Minute
+	// maxCandidates bounds the addresses of a dial plan that are tried, as they may all be dialled at a time.
+	maxCandidates = 16
 	// maxKeyReply bounds the answer to the key fetch.
 	maxKeyReply = 64 << 10
 )
@@ -242,7 +244,7 @@ func (c *Client) dialChannel(ctx context.Context, ckey key.MachinePublic, fetche
 	return c.dialHost(ctx, ckey, netip.Addr{}, tls)
 }
 
-// dialPlan tries the plan's addresses. It returns nil and no error for a plan without any.
+// dialPlan tries the plan's addresses, those of the highest priority if there are many. It returns nil and no error for a plan without any.
 // Candidates that are reached by way of another host (ACEHost) are left out.
 func (c *Client) dialPlan(ctx context.Context, ckey key.MachinePublic, plan *tailcfg.ControlDialPlan, tls bool) (*noise.Conn, error) {
 	cands := slices.DeleteFunc(slices.Clone(plan.Candidates), func(p tailcfg.ControlIPCandidate) bool {
@@ -252,6 +254,7 @@ func (c *Client) dialPlan(ctx context.Context, ckey key.MachinePublic, plan *tai
 		return nil, nil
 	}
 	sort.SliceStable(cands, func(i, j int) bool { return cands[i].Priority > cands[j].Priority })
+	cands = cands[:min(len(cands), maxCandidates)]
 	tries := make([]try, len(cands))
 	for i, p := range cands {
 		tries[i] = try{

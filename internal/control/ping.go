@@ -17,11 +17,19 @@ import (
 const (
 	pingTimeout = 15 * time.Second
 	maxC2N      = 1 << 20 // of a request's body and of its answer
+	maxPings    = 8       // at a time; each may be a connection to wherever the server says
 )
 
-// ping answers a PingRequest on a goroutine of its own.
+// ping answers a PingRequest on a goroutine of its own, or not at all where too many are being answered.
 func (s *Session) ping(p *tailcfg.PingRequest) {
+	select {
+	case s.pings <- struct{}{}:
+	default:
+		s.log.Debug("control: too many pings at a time", "types", p.Types)
+		return
+	}
 	s.helper.Go(func() {
+		defer func() { <-s.pings }()
 		ctx, cancel := context.WithTimeout(s.ctx, pingTimeout)
 		defer cancel()
 		if err := s.client.AnswerPing(ctx, p, s.h.Ping); err != nil {

@@ -110,6 +110,7 @@ type Session struct {
 	done   chan struct{}
 	start  sync.Once
 	helper sync.WaitGroup // pings
+	pings  chan struct{}  // a place for each that is being answered
 
 	changed chan struct{} // something to tell the server
 	nudged  chan struct{}
@@ -156,7 +157,8 @@ func NewSession(cfg SessionConfig) (*Session, error) {
 	s := &Session{
 		cfg: cfg, client: c, log: c.log, h: cfg.Handler,
 		done: make(chan struct{}), changed: make(chan struct{}, 1), nudged: make(chan struct{}, 1),
-		node: cfg.NodeKey, old: cfg.OldNodeKey, registered: cfg.Registered,
+		pings: make(chan struct{}, maxPings),
+		node:  cfg.NodeKey, old: cfg.OldNodeKey, registered: cfg.Registered,
 		hostinfo: cfg.Hostinfo, disco: cfg.DiscoKey,
 	}
 	if s.hostinfo == nil {

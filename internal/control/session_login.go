@@ -20,6 +20,7 @@ func (s *Session) login(rotate bool) error {
 	}
 	rotated := rotate
 	var bo backoff
+	urls := 0 // that the server answered with
 	for {
 		req := s.registration()
 		if req.Followup != "" {
@@ -55,12 +56,13 @@ func (s *Session) login(rotate bool) error {
 			rotated = true
 			continue
 		case resp.AuthURL != "":
-			again := resp.AuthURL == s.followup
+			// Either it was to answer when somebody has visited the URL, and has not waited, or it wants another visited.
+			again := resp.AuthURL == s.followup || urls > 0
+			urls++
 			s.followup = resp.AuthURL
 			s.showURL(resp.AuthURL)
 			s.setState(NeedsLogin, nil)
 			if again {
-				// It was to answer when somebody has visited the URL, and has not waited.
 				if err := s.sleep(bo.next(), true, &bo); err != nil {
 					return err
 				}

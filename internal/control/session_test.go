@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -457,6 +458,105 @@ func TestAbortDial(t *testing.T) {
 		}()
 		if _, _, err := c.get(t.Context()); !errors.Is(err, ErrAborted) || errors.Is(err, context.Canceled) {
 			t.Error(err)
+		}
+	})
+}
+
+// TestManyURLs has every answer be another URL.
+func TestManyURLs(t *testing.T) {
+	bubble("", t, func(t *testing.T, f *fake, l *log) {
+		n := 0
+		f.register = func(*tailcfg.RegisterRequest) any {
+			n++
+			return &tailcfg.RegisterResponse{AuthURL: fmt.Sprint("http://login.test/", n)}
+		}
+		began := time.Now()
+		f.session(t, l)
+		l.want("Connecting", `url "http://login.test/1"`, "NeedsLogin")
+		for i := range 20 {
+			l.want(fmt.Sprintf("url %q", fmt.Sprint("http://login.test/", i+2)))
+			if i == 0 && time.Since(began) != 0 {
+				t.Errorf("the first was followed up after %v", time.Since(began))
+			}
+		}
+		if d := time.Since(began); d < 2*time.Minute {
+			t.Errorf("21 URLs within %v", d)
+		}
+	})
+}
+
+// hanging returns a dial function for addresses that nobody answers at, and how many were dialled at a time.
+func hanging(addr func(host string) bool, f *fake) (dial func(ctx context.Context, network, addr string) (net.Conn, error), most *atomic.Int32) {
+	var open atomic.Int32
+	most = new(atomic.Int32)
+	return func(ctx context.Context, network, to string) (net.Conn, error) {
+		if host, _, _ := net.SplitHostPort(to); !addr(host) {
+			return f.dial(ctx, network, to)
+		}
+		n := open.Add(1)
+		defer open.Add(-1)
+		for m := most.Load(); m < n && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}, most
+}
+
+// TestManyPings has more asked for than are answered at a time.
+func TestManyPings(t *testing.T) {
+	bubble("", t, func(t *testing.T, f *fake, l *log) {
+		more := make(chan struct{})
+		answered := make(chan string, 1)
+		f.inner = func(w http.ResponseWriter, r *http.Request) { answered <- r.URL.Path }
+		f.mapFn = func(s *stream) {
+			s.send(&tailcfg.MapResponse{Node: self(s)})
+			for i := range 100 {
+				s.send(&tailcfg.MapResponse{PingRequest: &tailcfg.PingRequest{URL: fmt.Sprintf("http://192.0.2.1:81/%d", i)}})
+			}
+			<-more
+			s.send(&tailcfg.MapResponse{PingRequest: &tailcfg.PingRequest{URL: "http://control.test/later", URLIsNoise: true}})
+			<-s.ctx.Done()
+		}
+		dial, most := hanging(func(host string) bool { return host == "192.0.2.1" }, f)
+		f.session(t, l, func(c *SessionConfig) { c.Dial = dial })
+		synctest.Wait()
+		if n := most.Load(); n != maxPings {
+			t.Errorf("%d dials at a time", n)
+		}
+		time.Sleep(pingTimeout)
+		close(more)
+		select {
+		case path := <-answered:
+			if path != "/later" {
+				t.Errorf("answered %s", path)
+			}
+		case <-time.After(time.Hour):
+			t.Error("none is answered any more")
+		}
+	})
+}
+
+// TestLongDialPlan has a plan of more addresses than are tried.
+func TestLongDialPlan(t *testing.T) {
+	bubble("", t, func(t *testing.T, f *fake, _ *log) {
+		plan := &tailcfg.ControlDialPlan{}
+		for i := range 200 {
+			plan.Candidates = append(plan.Candidates, tailcfg.ControlIPCandidate{IP: netip.AddrFrom4([4]byte{198, 51, 100, byte(i)}), Priority: i})
+		}
+		dial, most := hanging(func(host string) bool {
+			a, err := netip.ParseAddr(host)
+			if err == nil && int(a.As4()[3]) < len(plan.Candidates)-maxCandidates {
+				t.Errorf("dialled %v, which is not of the first priorities", a)
+			}
+			return err == nil
+		}, f)
+		c := f.client(t, func(c *Config) { c.Dial, c.ControlKey = dial, f.key.Public() })
+		c.SetDialPlan(plan)
+		if _, _, err := c.get(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if n := most.Load(); n != maxCandidates {
+			t.Errorf("%d dials at a time", n)
 		}
 	})
 }
