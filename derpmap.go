@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"time"
-
-	"github.com/tailnode/tailnode/internal/node"
 )
 
 // NetcheckOptions says how [LocalClient.Netcheck] is to look. The zero value is good.
@@ -41,8 +39,7 @@ func (c *LocalClient) DERPMap(ctx context.Context) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	have := func(st node.Status) (bool, error) { return st.Netmap != nil && st.Netmap.DERPMap != nil, nil }
-	st, err := n.Await(ctx, have)
+	st, err := n.AwaitDERPMap(ctx)
 	if err != nil {
 		return nil, opError("DERP map", err)
 	}

@@ -60,6 +60,17 @@ func TestRefusedAuthKey(t *testing.T) {
 			}
 			_, err = s.Dial(t.Context(), "tcp", "first:80")
 			wantCode(t, err, tailnode.CodeAuthRefused)
+			lc, err := s.LocalClient()
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx := withTimeout(t, 20*time.Second)
+			_, err = lc.WhoIs(ctx, "100.64.0.1")
+			wantCode(t, err, tailnode.CodeAuthRefused)
+			_, err = lc.DERPMap(ctx)
+			wantCode(t, err, tailnode.CodeAuthRefused)
+			_, err = lc.Netcheck(ctx, tailnode.NetcheckOptions{})
+			wantCode(t, err, tailnode.CodeAuthRefused)
 		})
 	}
 }

@@ -112,10 +112,20 @@ func (n *Node) netcheckConfig(dm *tailcfg.DERPMap) netcheck.Config {
 	}
 }
 
+// AwaitDERPMap blocks until the node has a map of relays, control refuses the node, ctx ends, or the node is closed.
+func (n *Node) AwaitDERPMap(ctx context.Context) (Status, error) {
+	return n.Await(ctx, func(st Status) (bool, error) {
+		if st.State == Failed {
+			return false, st.Err
+		}
+		return st.Netmap != nil && st.Netmap.DERPMap != nil, nil
+	})
+}
+
 // Netcheck makes a full check of the network, which takes at most timeout, 0 for the default; portMap has the router asked
 // what it maps, unless the node does without that. It blocks until then, or until ctx ends or the node is closed.
 func (n *Node) Netcheck(ctx context.Context, timeout time.Duration, portMap bool) (*netcheck.Report, error) {
-	st, err := n.Await(ctx, func(st Status) (bool, error) { return st.Netmap != nil && st.Netmap.DERPMap != nil, nil })
+	st, err := n.AwaitDERPMap(ctx)
 	if err != nil {
 		return nil, err
 	}
