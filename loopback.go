@@ -27,7 +27,8 @@ const proxyUser = "tsnet"
 //   - The LocalAPI's status, whois and ping over HTTP at /localapi/v0/, for requests with the header
 //     "Sec-Tailscale: localapi" (which no browser sends by itself) and localAPICred as the password of basic authentication.
 //
-// Both end with Close. Every call gives the same answer.
+// A dial of the proxy takes a minute at most and ends when its client goes; of connections, those beyond 1,024 at a time are closed
+// at once. Both end with Close. Every call gives the same answer.
 func (s *Server) Loopback() (addr, proxyCred, localAPICred string, err error) {
 	if _, err := s.start("loopback"); err != nil {
 		return "", "", "", err

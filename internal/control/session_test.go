@@ -448,7 +448,7 @@ func TestSessionReconnect(t *testing.T) {
 
 // TestAbortDial has a dial given up; whose context that was must not look like the caller's.
 func TestAbortDial(t *testing.T) {
-	bubble("", t, func(t *testing.T, f *fake, _ *log) {
+	bubble("network changed", t, func(t *testing.T, f *fake, _ *log) {
 		c := f.client(t, func(c *Config) {
 			c.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
 		})
@@ -464,7 +464,7 @@ func TestAbortDial(t *testing.T) {
 
 // TestManyURLs has every answer be another URL.
 func TestManyURLs(t *testing.T) {
-	bubble("", t, func(t *testing.T, f *fake, l *log) {
+	bubble("hostile server", t, func(t *testing.T, f *fake, l *log) {
 		n := 0
 		f.register = func(*tailcfg.RegisterRequest) any {
 			n++
@@ -504,7 +504,7 @@ func hanging(addr func(host string) bool, f *fake) (dial func(ctx context.Contex
 
 // TestManyPings has more asked for than are answered at a time.
 func TestManyPings(t *testing.T) {
-	bubble("", t, func(t *testing.T, f *fake, l *log) {
+	bubble("hostile server", t, func(t *testing.T, f *fake, l *log) {
 		more := make(chan struct{})
 		answered := make(chan string, 1)
 		f.inner = func(w http.ResponseWriter, r *http.Request) { answered <- r.URL.Path }
@@ -538,7 +538,7 @@ func TestManyPings(t *testing.T) {
 
 // TestLongDialPlan has a plan of more addresses than are tried.
 func TestLongDialPlan(t *testing.T) {
-	bubble("", t, func(t *testing.T, f *fake, _ *log) {
+	bubble("hostile server", t, func(t *testing.T, f *fake, _ *log) {
 		plan := &tailcfg.ControlDialPlan{}
 		for i := range 200 {
 			plan.Candidates = append(plan.Candidates, tailcfg.ControlIPCandidate{IP: netip.AddrFrom4([4]byte{198, 51, 100, byte(i)}), Priority: i})
