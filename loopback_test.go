@@ -220,21 +220,24 @@ func TestLoopbackStrangers(t *testing.T) {
 		return c, err
 	}
 	var open []net.Conn
+	closeAll := func() {
+		for _, c := range open {
+			c.Close()
+		}
+	}
+	defer closeAll()
 	for i := range loopbackConns {
 		c, err := ask()
-		defer c.Close()
+		open = append(open, c)
 		if err != nil {
 			t.Fatalf("connection %d: %v", i, err)
 		}
-		open = append(open, c)
 	}
 	c, err := ask()
 	c.Close()
 	if err == nil {
 		t.Error("more than the bound")
 	}
-	for _, c := range open {
-		c.Close()
-	}
+	closeAll()
 	awaitLocalAPI(t, addr, local)
 }
