@@ -167,7 +167,7 @@ func (s *Server) startLocked() (err error) {
 	}
 	var prog string
 	if exe, err := os.Executable(); err == nil {
-		prog = strings.TrimSuffix(strings.ToLower(filepath.Base(exe)), ".exe")
+		prog = node.ProgramName(exe)
 	} else if s.Hostname == "" || s.Store == nil && s.Dir == "" {
 		return errcode.New(errcode.InvalidArgument, "the program's name is not known (%w): set Hostname and Dir", err)
 	}

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tailnode/tailnode"
+	program "github.com/tailnode/tailnode/internal/node"
 )
 
 // maxInFlight bounds the requests that are served at a time; more wait in the socket, and then in the host.
@@ -252,6 +254,29 @@ func (se *session) loop() error {
 	}
 }
 
+// defaults fills in what the host left open, from the name of its program and the directory of its user's configuration: this
+// process may be a helper, and a runtime sees the environment as it was when its process started.
+func defaults(srv *tailnode.Server, prog, config string) error {
+	needsDir := srv.Dir == "" && srv.Store == nil
+	if prog == "" {
+		if srv.Hostname == "" || needsDir {
+			return invalid("new", "the program's name is not known: set hostname and dir")
+		}
+		return nil
+	}
+	prog = program.ProgramName(prog)
+	if srv.Hostname == "" {
+		srv.Hostname = prog
+	}
+	if needsDir {
+		if config == "" {
+			return invalid("new", "there is no place for the state (neither $XDG_CONFIG_HOME nor $HOME names a directory): set dir")
+		}
+		srv.Dir = filepath.Join(config, "tailnode-"+prog)
+	}
+	return nil
+}
+
 func (se *session) newNode(rq *request, fds []int, short bool) {
 	a := rq.arg
 	out := newSink(fds, int(a[2]), a[3])
@@ -272,6 +297,9 @@ func (se *session) newNode(rq *request, fds []int, short bool) {
 		}
 	}
 	var bad error
+	if err := defaults(srv, rq.str[6], rq.str[7]); err != nil {
+		bad = err
+	}
 	if pem := rq.str[5]; pem != "" {
 		srv.RootCAs = x509.NewCertPool()
 		if !srv.RootCAs.AppendCertsFromPEM([]byte(pem)) {

@@ -3,6 +3,8 @@
 
 #include <fcntl.h>
 #include <sys/eventfd.h>
+#include <limits.h>
+#include <stdio.h>
 
 #define NEED(cond, what)                                                                                          \
 	do {                                                                                                      \
@@ -28,6 +30,27 @@ static void node_destroy(void *p) {
 	pthread_mutex_destroy(&n->attaching);
 	pthread_mutex_destroy(&n->mu);
 	free(n);
+}
+
+// The name of the host's program; "" where it cannot be known. The core would give the helper's.
+static const char *program_name(char buf[PATH_MAX]) {
+	static const char gone[] = " (deleted)"; // as the system says of a program that was replaced
+	ssize_t n = readlink("/proc/self/exe", buf, PATH_MAX - 1);
+	if (n <= 0)
+		return program_invocation_short_name ? program_invocation_short_name : "";
+	buf[n] = 0;
+	size_t tail = sizeof gone - 1;
+	if ((size_t)n > tail && !strcmp(buf + n - tail, gone))
+		buf[(size_t)n - tail] = 0;
+	char *slash = strrchr(buf, '/');
+	return slash ? slash + 1 : buf;
+}
+
+// The directory of the user's configuration; "" where there is none.
+static const char *config_dir(char buf[PATH_MAX]) {
+	const char *xdg = secure_getenv("XDG_CONFIG_HOME"), *home = secure_getenv("HOME");
+	int n = xdg && *xdg ? snprintf(buf, PATH_MAX, "%s", xdg) : home && *home ? snprintf(buf, PATH_MAX, "%s/.config", home) : 0;
+	return n > 0 && n < PATH_MAX && *buf == '/' ? buf : "";
 }
 
 // A node without a core yet.
@@ -73,11 +96,12 @@ static int make(const tailnode_options *given, struct node **out, tailnode_error
 		o.auth_key = secure_getenv("TS_AUTH_KEY");
 	if (!o.control_url || !*o.control_url)
 		o.control_url = secure_getenv("TS_CONTROL_URL");
+	char exe[PATH_MAX], config[PATH_MAX];
 	struct args a = {
 	    .kind = K_NEW,
 	    .arg = {o.flags, o.port, o.log_level, (o.log ? 1 : 0) | (n->log_fd >= 0 ? 2 : 0) | (framed ? 4 : 0), o.memory_limit, o.gc_percent, o.max_procs},
-	    .str = {o.dir, o.hostname, o.auth_key, o.control_url, o.tags, o.root_ca_pem},
-	    .strings = 6,
+	    .str = {o.dir, o.hostname, o.auth_key, o.control_url, o.tags, o.root_ca_pem, program_name(exe), config_dir(config)},
+	    .strings = 8,
 	};
 	if (!code)
 		code = tn_pack(&n->open_msg, &n->open_len, n->number, &a, err);
