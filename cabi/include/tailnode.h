@@ -174,7 +174,8 @@ typedef struct tailnode_node { uint64_t id; } tailnode_node;
 #define TAILNODE_LOG_ERROR 8
 
 /* What a node is to be. Initialise with TAILNODE_OPTIONS_INIT; zero and NULL mean the default. tailnode_new copies it all: the
- * memory may go after it. Fields may be added at the end; size tells the library which ones the caller knows. */
+ * memory may go after it. A relative path is one from the working directory at that time. Fields may be added at the end; size tells the library which ones
+ * the caller knows. */
 typedef struct tailnode_options {
 	size_t      size;          /* sizeof(tailnode_options) */
 	uint32_t    mode;          /* TAILNODE_IN_PROCESS or TAILNODE_ISOLATED */

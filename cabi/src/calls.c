@@ -2,9 +2,8 @@
 #include "internal.h"
 
 #include <fcntl.h>
-#include <sys/eventfd.h>
-#include <limits.h>
 #include <stdio.h>
+#include <sys/eventfd.h>
 
 #define NEED(cond, what)                                                                                          \
 	do {                                                                                                      \
@@ -53,6 +52,19 @@ static const char *config_dir(char buf[PATH_MAX]) {
 	return n > 0 && n < PATH_MAX && *buf == '/' ? buf : "";
 }
 
+// path from the working directory of now: a core may start later, and again, when the host has gone elsewhere. It is to be freed.
+static int absolute(char **out, const char *path, tailnode_error *err) {
+	char cwd[PATH_MAX];
+	*out = NULL;
+	if (*path != '/' && !getcwd(cwd, sizeof cwd))
+		return tn_fail(err, TAILNODE_INVALID_ARGUMENT, errno, "tailnode: the relative path %s leads nowhere: %s", path, strerror(errno));
+	if (*path == '/' ? !(*out = strdup(path)) : asprintf(out, "%s/%s", cwd, path) < 0) {
+		*out = NULL;
+		return tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
+	}
+	return 0;
+}
+
 // A node without a core yet.
 static int make(const tailnode_options *given, struct node **out, tailnode_error *err) {
 	CHECK_FORK(err);
@@ -84,8 +96,13 @@ static int make(const tailnode_options *given, struct node **out, tailnode_error
 	n->user = o.user;
 	n->log_fd = -1;
 	int code = 0;
-	if (o.helper_path && !(n->helper_path = strdup(o.helper_path)))
-		code = tn_fail(err, TAILNODE_EXHAUSTED, ENOMEM, "tailnode: out of memory");
+	char *dir = NULL, helper[PATH_MAX];
+	if (o.mode == TAILNODE_ISOLATED)
+		code = absolute(&n->helper_path, tn_helper_path(helper, o.helper_path), err);
+	if (!code && o.dir && *o.dir && !(o.flags & TAILNODE_STATE_MEMORY)) {
+		code = absolute(&dir, o.dir, err);
+		o.dir = dir;
+	}
 	if (!code && o.log_fd > 0 && !o.log && (n->log_fd = fcntl(o.log_fd, F_DUPFD_CLOEXEC, 3)) < 0)
 		code = tn_fail(err, errno == EBADF ? TAILNODE_INVALID_ARGUMENT : TAILNODE_EXHAUSTED, errno, "tailnode: log_fd: %s", strerror(errno));
 	bool framed = o.log || o.auth_url;
@@ -105,6 +122,7 @@ static int make(const tailnode_options *given, struct node **out, tailnode_error
 	};
 	if (!code)
 		code = tn_pack(&n->open_msg, &n->open_len, n->number, &a, err);
+	free(dir);
 	if (code)
 		tn_unref(n);
 	else

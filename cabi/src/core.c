@@ -308,15 +308,18 @@ static int spawn_helper(const char *path, int fd, pid_t *pid) {
 	return e;
 }
 
-int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
-	char buf[PATH_MAX];
+const char *tn_helper_path(char buf[PATH_MAX], const char *path) {
 	if (!path || !*path)
 		path = secure_getenv("TAILNODE_HELPER");
 	if (!path || !*path)
-		path = (beside(buf, sizeof buf, "tailnode-helper") && access(buf, X_OK) == 0) ||
-		               (beside(buf, sizeof buf, "../libexec/tailnode/tailnode-helper") && access(buf, X_OK) == 0)
+		path = (beside(buf, PATH_MAX, "tailnode-helper") && access(buf, X_OK) == 0) ||
+		               (beside(buf, PATH_MAX, "../libexec/tailnode/tailnode-helper") && access(buf, X_OK) == 0)
 		           ? buf
 		           : TAILNODE_LIBEXECDIR "/tailnode-helper";
+	return path;
+}
+
+int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
 	int pair[2];
 	pthread_mutex_lock(&unnoted);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -89,6 +90,8 @@ struct core {
 };
 
 HIDDEN int tn_core_in_process(struct core **out, tailnode_error *err);
+// The helper program: the one that is asked for, or that is found; in buf, if need be.
+HIDDEN const char *tn_helper_path(char buf[PATH_MAX], const char *path);
 HIDDEN int tn_core_spawn(const char *path, struct core **out, tailnode_error *err);
 HIDDEN void tn_core_unref(struct core *c);
 HIDDEN void tn_core_before_fork(void);
@@ -115,7 +118,7 @@ struct node {
 	// For the next core, NULL where there will be none; the auth key is in there.
 	char *open_msg;
 	size_t open_len;
-	char *helper_path;
+	char *helper_path; // absolute; NULL in process
 	int log_fd; // duplicate of the host's, or -1
 	void (*log)(void *, int, const char *, size_t);
 	void (*auth_url)(void *, const char *);
