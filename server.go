@@ -184,8 +184,8 @@ func (s *Server) startLocked() (err error) {
 	s.node, err = node.Start(node.Config{
 		Store:      store,
 		Hostname:   cmp.Or(s.Hostname, prog),
-		AuthKey:    cmp.Or(s.AuthKey, os.Getenv("TS_AUTHKEY"), os.Getenv("TS_AUTH_KEY")),
-		ControlURL: cmp.Or(s.ControlURL, os.Getenv("TS_CONTROL_URL")),
+		AuthKey:    cmp.Or(s.AuthKey, node.Getenv("TS_AUTHKEY"), node.Getenv("TS_AUTH_KEY")),
+		ControlURL: cmp.Or(s.ControlURL, node.Getenv("TS_CONTROL_URL")),
 		Ephemeral:  s.Ephemeral,
 		Tags:       s.AdvertiseTags,
 		Version:    Version,

@@ -129,6 +129,7 @@ func Serve(fd int) error {
 	if err != nil {
 		return err
 	}
+	program.HideEnvironment() // the client has looked, as the host has it now
 	ctx, cancel := context.WithCancel(context.Background())
 	se := &session{s: s, ctx: ctx, nodes: map[uint64]*node{}, slots: make(chan struct{}, maxInFlight)}
 	err = se.loop()

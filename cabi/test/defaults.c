@@ -81,12 +81,30 @@ static void relative(const char *dir) {
 	OK(tailnode_close(n, &err));
 }
 
+// A key that the program has taken out of its environment is not used, although a runtime that is linked in has a copy of it.
+static void removed(void) {
+	tailnode_options o = options("cdefaults");
+	tailnode_node n;
+	tailnode_event ev;
+	int w;
+	CHECK(unsetenv("TS_AUTHKEY") == 0);
+	OK(tailnode_new(&o, &n, &err));
+	OK(tailnode_watch(n, 0, &w, &err));
+	do {
+		OK(tailnode_read_event(w, &ev, &err));
+		CHECK(ev.state != TAILNODE_STATE_RUNNING);
+	} while (ev.state != TAILNODE_STATE_NEEDS_LOGIN);
+	close(w);
+	OK(tailnode_close(n, &err));
+}
+
 int main(void) {
 	alarm(120);
 	char dir[] = "/tmp/tailnode-defaults-XXXXXX";
 	CHECK(mkdtemp(dir) && setenv("XDG_CONFIG_HOME", dir, 1) == 0);
 	named(dir);
 	relative(dir);
+	removed();
 	printf("defaults: ok\n");
 	char rm[100];
 	snprintf(rm, sizeof rm, "rm -rf %s", dir);
