@@ -6,6 +6,7 @@ package main
 
 // void tailnode_core_give_back_signals(void);
 // void tailnode_core_give_back_limits(void);
+// void *tailnode_core_ends(void);
 import "C"
 
 import (
@@ -23,6 +24,7 @@ func init() { C.tailnode_core_give_back_limits() }
 func tailnode_core_serve(fd C.int) C.int {
 	if crossings.Add(1) == 1 {
 		C.tailnode_core_give_back_signals()
+		core.UseEnds((*core.Ends)(C.tailnode_core_ends()))
 	}
 	core.Crossings = crossings.Load
 	go core.Serve(int(fd))

@@ -27,14 +27,14 @@ func addrOf(a net.Addr) netip.AddrPort {
 }
 
 // carry makes the host's descriptor for a TCP connection. c is closed if it fails.
-func (nd *node) carry(c net.Conn, nonblock bool) (int, error) {
+func (nd *node) carry(c net.Conn, nonblock bool) (hostEnd, error) {
 	host, st, err := newStream(c, nonblock)
 	if err != nil {
 		c.Close()
 		return -1, err
 	}
 	if !nd.hold(st) {
-		unix.Close(host)
+		host.close()
 		st.abort()
 		return -1, errClosed
 	}
@@ -102,7 +102,7 @@ func (nd *node) listen(ctx context.Context, rq *request, rp *reply) (started fun
 		return nil, err
 	}
 	if !nd.hold(s) {
-		unix.Close(host)
+		host.close()
 		s.Close()
 		ln.Close()
 		return nil, errClosed
@@ -137,8 +137,8 @@ func (nd *node) accept(ln net.Listener, s *sock, nonblock bool) {
 		b = native.AppendUint32(b[:0], acceptedMagic)
 		b = appendAddr(b, addrOf(c.RemoteAddr()))
 		b = appendAddr(b, addrOf(c.LocalAddr()))
-		err = s.send(b, unix.UnixRights(fd), true)
-		unix.Close(fd)
+		err = s.send(b, unix.UnixRights(int(fd)), true)
+		fd.close()
 		if err != nil && err != unix.ETOOMANYREFS {
 			return
 		}
@@ -224,7 +224,7 @@ const maxDatagram = 65535
 var datagrams = sync.Pool{New: func() any { return new([addrSize + maxDatagram]byte) }}
 
 // packets joins a UDP socket of the tailnet to a socket of the host.
-func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
+func (nd *node) packets(p packetSide, nonblock bool) (host hostEnd, err error) {
 	host, s, err := newPair(unix.SOCK_SEQPACKET, nonblock)
 	if err != nil {
 		p.Close()
@@ -232,7 +232,7 @@ func (nd *node) packets(p packetSide, nonblock bool) (host int, err error) {
 	}
 	s.stampMessages() // before the host has its end
 	if !nd.hold(s) {
-		unix.Close(host)
+		host.close()
 		s.Close()
 		p.Close()
 		return -1, errClosed
@@ -294,7 +294,7 @@ func (nd *node) watch(lc *tailnode.LocalClient, rq *request, rp *reply) error {
 		return err
 	}
 	if !nd.hold(s) {
-		unix.Close(host)
+		host.close()
 		s.Close()
 		return errClosed
 	}

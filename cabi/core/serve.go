@@ -399,12 +399,12 @@ func (se *session) answer(rq *request, nd *node, to *sock) {
 	head := rp.appendHead(make([]byte, 0, replyHead+len(rp.data)))
 	var rights []byte
 	if rp.fd >= 0 {
-		rights = unix.UnixRights(rp.fd)
+		rights = unix.UnixRights(int(rp.fd))
 	}
 	// A host that goes on without reading cannot hold this up: closing its end fails the send.
 	to.send(append(head, rp.data...), rights, true)
 	if rp.fd >= 0 {
-		unix.Close(rp.fd)
+		rp.fd.close()
 	}
 	if started != nil {
 		started()

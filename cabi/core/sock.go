@@ -5,6 +5,7 @@ package core
 import (
 	"io"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -15,50 +16,69 @@ import (
 type sock struct {
 	f     *os.File
 	rc    syscall.RawConn
+	fd    int
+	gone  atomic.Bool
 	stamp []byte // room for the time of a message, nil where messages have none
 }
 
 func newSock(fd int) (*sock, error) {
 	unix.CloseOnExec(fd)
+	ends.note(fd)
 	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
+		hostEnd(fd).close()
 		return nil, os.NewSyscallError("fcntl", err)
 	}
-	f := os.NewFile(uintptr(fd), "socket")
-	rc, err := f.SyscallConn()
+	s := &sock{f: os.NewFile(uintptr(fd), "socket"), fd: fd}
+	rc, err := s.f.SyscallConn()
 	if err != nil {
-		f.Close()
+		s.Close()
 		return nil, err
 	}
-	return &sock{f: f, rc: rc}, nil
+	s.rc = rc
+	return s, nil
 }
 
 // newPair returns both ends of a new pair: the host's, as a plain descriptor, and ours.
-func newPair(typ int, nonblock bool) (host int, s *sock, err error) {
+func newPair(typ int, nonblock bool) (host hostEnd, s *sock, err error) {
+	ends.enter()
 	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err == nil {
+		ends.note(fds[0])
+		ends.note(fds[1])
+	}
+	ends.leave()
 	if err != nil {
 		return -1, nil, os.NewSyscallError("socketpair", err)
 	}
+	host = hostEnd(fds[0])
 	if !nonblock {
 		if err := unix.SetNonblock(fds[0], false); err != nil {
-			unix.Close(fds[0])
-			unix.Close(fds[1])
+			host.close()
+			hostEnd(fds[1]).close()
 			return -1, nil, os.NewSyscallError("fcntl", err)
 		}
 	}
 	s, err = newSock(fds[1])
 	if err != nil {
-		unix.Close(fds[0])
+		host.close()
 		return -1, nil, err
 	}
-	return fds[0], s, nil
+	return host, s, nil
 }
 
 // Close wakes every goroutine that waits for s.
-func (s *sock) Close() error { return s.f.Close() }
+func (s *sock) Close() error {
+	if s.gone.Swap(true) { // its number may be another's by now
+		return os.ErrClosed
+	}
+	ends.enter()
+	defer ends.leave()
+	ends.forget(s.fd)
+	return s.f.Close() // returns when it is closed
+}
 
 // abort is Close.
-func (s *sock) abort() { s.f.Close() }
+func (s *sock) abort() { s.Close() }
 
 func (s *sock) shutdown(how int) {
 	s.rc.Control(func(fd uintptr) { unix.Shutdown(int(fd), how) })

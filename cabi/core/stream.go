@@ -43,7 +43,7 @@ const pieceSize = 128 << 10
 var pieces = sync.Pool{New: func() any { return new([pieceSize]byte) }}
 
 // newStream makes the socket for c. Its owner calls run or abort. On error c is not touched.
-func newStream(c net.Conn, nonblock bool) (host int, st *stream, err error) {
+func newStream(c net.Conn, nonblock bool) (host hostEnd, st *stream, err error) {
 	tc, ok := c.(tcpConn)
 	if !ok {
 		return -1, nil, errors.New("core: not a TCP connection")
@@ -52,8 +52,8 @@ func newStream(c net.Conn, nonblock bool) (host int, st *stream, err error) {
 	if err != nil {
 		return -1, nil, err
 	}
-	if _, err := unix.SendmsgN(host, []byte{0}, nil, nil, unix.MSG_NOSIGNAL); err != nil {
-		unix.Close(host)
+	if _, err := unix.SendmsgN(int(host), []byte{0}, nil, nil, unix.MSG_NOSIGNAL); err != nil {
+		host.close()
 		s.Close()
 		return -1, nil, err
 	}

@@ -88,13 +88,16 @@ func parseRequest(b []byte) (r request, err error) {
 	return r, nil
 }
 
+// hostEnd is the host's end of a pair until it has its own copy. It is noted as well: a child does not know of it.
+type hostEnd int
+
 // reply is the answer to a request.
 type reply struct {
 	code          int32
 	errno         int32
 	data          []byte // JSON, a struct, or the text of the error
 	local, remote netip.AddrPort
-	fd            int // to pass to the host, which closes it; -1: none
+	fd            hostEnd // to pass to the host, which closes it; -1: none
 }
 
 func (r *reply) appendHead(b []byte) []byte {
