@@ -30,7 +30,7 @@ static struct core *in_process; // lives until the process ends, as the Go runti
 #define MAX_CORES 1024
 static volatile int core_fds[MAX_CORES]; // fd + 1, or 0
 
-// Held while a descriptor of a core exists that is not noted yet, and over a fork.
+// Held while a descriptor of a core exists that is not noted, and over a fork.
 static pthread_mutex_t unnoted = PTHREAD_MUTEX_INITIALIZER;
 
 void tn_core_before_fork(void) { pthread_mutex_lock(&unnoted); }
@@ -80,8 +80,10 @@ static struct core *new_core(int fd, pid_t pid) {
 void tn_core_unref(struct core *c) {
 	if (!c || __atomic_sub_fetch(&c->refs, 1, __ATOMIC_ACQ_REL) != 0)
 		return;
+	pthread_mutex_lock(&unnoted); // a child that is made in between would keep the helper
 	forget_fd(c->fd);
 	close(c->fd);
+	pthread_mutex_unlock(&unnoted);
 	free(c);
 }
 

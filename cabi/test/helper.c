@@ -3,6 +3,9 @@
 #include "check.h"
 
 #include <dirent.h>
+#include <sched.h>
+#include <stdint.h>
+#include <sys/syscall.h>
 
 static pid_t helper_of(tailnode_node n) {
 	tailnode_stats st = {.size = sizeof st};
@@ -149,6 +152,53 @@ static void forks(void) {
 	close(sink);
 }
 
+// A fork while the library closes its end of the helper's socket. close(2) is this program's, and waits there until the fork has been made, or waits itself.
+static volatile pid_t forker; // 0: nobody forks
+static volatile int closes, forked;
+
+int close(int fd) {
+	int type = 0;
+	socklen_t len = sizeof type;
+	if (__atomic_load_n(&forker, __ATOMIC_ACQUIRE) && getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) == 0 && type == SOCK_SEQPACKET) {
+		char path[64], state = 0;
+		snprintf(path, sizeof path, "/proc/self/task/%d/stat", (int)forker);
+		__atomic_store_n(&closes, 1, __ATOMIC_RELEASE);
+		while (!__atomic_load_n(&forked, __ATOMIC_ACQUIRE) && state != 'S') {
+			FILE *f = fopen(path, "r");
+			CHECK(f && fscanf(f, "%*d %*s %c", &state) == 1);
+			fclose(f);
+			sched_yield();
+		}
+	}
+	return (int)syscall(SYS_close, fd);
+}
+
+static void *close_node(void *p) { return (void *)(intptr_t)tailnode_close(*(tailnode_node *)p, NULL); }
+
+static void fork_in_close(void) {
+	tailnode_options o = options("cforks");
+	tailnode_node n;
+	pthread_t t;
+	void *code;
+	o.mode = TAILNODE_ISOLATED;
+	OK(tailnode_new(&o, &n, &err));
+	pid_t pid = helper_of(n);
+	__atomic_store_n(&forker, getpid(), __ATOMIC_RELEASE); // the main thread
+	CHECK(pthread_create(&t, NULL, close_node, &n) == 0);
+	while (!__atomic_load_n(&closes, __ATOMIC_ACQUIRE))
+		; // awake, so that to be asleep is to wait in fork
+	pid_t child = fork();
+	CHECK(child >= 0);
+	if (child == 0)
+		for (;;)
+			pause();
+	__atomic_store_n(&forked, 1, __ATOMIC_RELEASE);
+	CHECK(pthread_join(t, &code) == 0 && code == NULL);
+	__atomic_store_n(&forker, 0, __ATOMIC_RELEASE);
+	await_end(pid);
+	CHECK(waitpid(child, NULL, WNOHANG) == 0 && kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
+}
+
 int main(int argc, char **argv) {
 	alarm(120);
 	if (argc > 2 && !strcmp(argv[1], "--host"))
@@ -157,6 +207,7 @@ int main(int argc, char **argv) {
 	for (size_t i = 0; i < sizeof how / sizeof *how; i++)
 		ends(argv[0], how[i]);
 	forks();
+	fork_in_close();
 	char dir[] = "/tmp/tailnode-helper-XXXXXX";
 	CHECK(mkdtemp(dir));
 	tailnode_options o = options("chelper");
