@@ -260,7 +260,8 @@ TAILNODE_API int tailnode_dial(tailnode_node node, const char *network, const ch
                                tailnode_addr *local, tailnode_addr *remote, tailnode_error *err);
 
 /* Listens on an address such as ":80", network "tcp", "tcp4" or "tcp6"; port 0 chooses one, which bound (may be NULL) tells. The result polls readable
- * when tailnode_accept has a connection; close(2) ends it and resets what was not accepted. */
+ * when tailnode_accept has a connection; close(2) ends it, and with it the connections that were not accepted: as by close(2) of each, so that the peer reads
+ * end of file, or a reset where it had sent something. */
 TAILNODE_API int tailnode_listen(tailnode_node node, const char *network, const char *address, uint32_t flags, int *fd, tailnode_addr *bound, tailnode_error *err);
 
 /* Takes the next connection of a listener, with the addresses of both ends (each may be NULL). It is one recvmsg(2) on listener:

@@ -47,7 +47,7 @@ int tailnode_accept(int listener, uint32_t flags, int *fd, tailnode_addr *remote
 		return tn_fail(err, TAILNODE_INVALID_ARGUMENT, 0, "tailnode: accept: this descriptor is not a listener");
 	}
 	if (conn < 0) // the kernel drops a descriptor for which there is no room
-		return tn_fail(err, TAILNODE_EXHAUSTED, EMFILE, "tailnode: accept: too many open files; the connection was reset");
+		return tn_fail(err, TAILNODE_EXHAUSTED, EMFILE, "tailnode: accept: too many open files; the connection was closed");
 	if ((flags & TAILNODE_NONBLOCK) && fcntl(conn, F_SETFL, fcntl(conn, F_GETFL) | O_NONBLOCK) < 0) {
 		int e = errno;
 		close(conn);

@@ -80,6 +80,29 @@ static void resets(int ln) {
 	close(p);
 }
 
+// What a listener still holds when it is closed ends with it: by a FIN, or by a reset where it was in the stack yet. What was accepted and is closed
+// at once ends with a FIN, always.
+static void unaccepted(void) {
+	int ln, waiting[3], c, p;
+	tailnode_addr bound;
+	char to[32];
+	OK(tailnode_listen(b, "tcp", ":0", 0, &ln, &bound, &err));
+	snprintf(to, sizeof to, "cbeta:%d", bound.port);
+	join(to, ln, &c, &p);
+	for (int i = 0; i < 3; i++)
+		OK(tailnode_dial(a, "tcp", to, 0, 30000, &waiting[i], NULL, NULL, &err));
+	wait_in(ln, 30000);
+	close(ln);
+	close(p);
+	CHECK(drained(c) == 0);
+	close(c);
+	for (int i = 0; i < 3; i++) {
+		int e = drained(waiting[i]);
+		CHECK(e == 0 || e == ECONNRESET);
+		close(waiting[i]);
+	}
+}
+
 // A host that does not read stops the peer; one that is not read from is stopped.
 static void pressure(int ln) {
 	int c, p;
@@ -225,6 +248,7 @@ int main(void) {
 	OK(tailnode_listen(b, "tcp", ":80", 0, &ln, NULL, &err));
 	bulk(ln);
 	resets(ln);
+	unaccepted();
 	pressure(ln);
 	nonblocking();
 	datagrams();

@@ -210,7 +210,7 @@ impl fmt::Debug for TcpStream {
 
 /// A TCP listener on the tailnet, like `std::net::TcpListener`. Any number of threads may accept from one.
 ///
-/// Dropping it closes the port and resets the connections that nobody has accepted. It does not keep its node alive.
+/// Dropping it closes the port and the connections that nobody has accepted. It does not keep its node alive.
 pub struct TcpListener {
     fd: OwnedFd,
     local: SocketAddr,
@@ -234,7 +234,7 @@ impl TcpListener {
     /// # Errors
     ///
     /// An error of kind [`NotConnected`](io::ErrorKind::NotConnected), with [`ErrorKind::Closed`](crate::ErrorKind::Closed) inside, once the node is
-    /// closed. `EMFILE` if the process has no descriptor left; the connection was reset, and the listener goes on.
+    /// closed. `EMFILE` if the process has no descriptor left; the connection was closed, and the listener goes on.
     pub fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         loop {
             match sock::accept(&self.fd, 0) {

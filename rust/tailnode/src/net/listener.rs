@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 /// A TCP listener on the tailnet, like `tokio::net::TcpListener`. It comes from [`Node::listen`](crate::Node::listen).
 ///
 /// Accepting is one `recvmsg(2)` on a socket and enters neither the C library nor Go. Dropping the listener closes the port
-/// and resets the connections that nobody has accepted; it does not wait. The listener does not keep its node alive.
+/// and the connections that nobody has accepted; it does not wait. The listener does not keep its node alive.
 pub struct TcpListener {
     fd: AsyncFd<OwnedFd>,
     local: SocketAddr,
@@ -34,7 +34,7 @@ impl TcpListener {
     /// # Errors
     ///
     /// An error of kind [`NotConnected`](io::ErrorKind::NotConnected), with [`ErrorKind::Closed`](crate::ErrorKind::Closed) inside, once the node is closed: no
-    /// further connection comes. `EMFILE` if the process has no descriptor left; the connection was reset, and the listener goes on.
+    /// further connection comes. `EMFILE` if the process has no descriptor left; the connection was closed, and the listener goes on.
     ///
     /// # Cancel safety
     ///
