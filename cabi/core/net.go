@@ -286,6 +286,20 @@ const (
 
 var states = map[string]uint32{"Stopped": 0, "Starting": 1, "NeedsLogin": 2, "NeedsMachineAuth": 3, "Running": 4}
 
+// marked is a socket with a message in it that nobody reads, so that the death of this process is a reset for the host, as with streams; its own
+// end reads it away.
+type marked struct{ *sock }
+
+func (m marked) abort() {
+	m.rc.Control(func(fd uintptr) {
+		var b [1]byte
+		for n := 1; n > 0; {
+			n, _, _ = unix.Recvfrom(int(fd), b[:], unix.MSG_DONTWAIT)
+		}
+	})
+	m.Close()
+}
+
 // watch tells the host of changes. There is room for many events in the socket; when it is full, the changes of the time until the host
 // reads are told as one.
 func (nd *node) watch(lc *tailnode.LocalClient, rq *request, rp *reply) error {
@@ -293,7 +307,13 @@ func (nd *node) watch(lc *tailnode.LocalClient, rq *request, rp *reply) error {
 	if err != nil {
 		return err
 	}
-	if !nd.hold(s) {
+	m := marked{s}
+	if _, err := unix.SendmsgN(int(host), []byte{0}, nil, nil, unix.MSG_NOSIGNAL); err != nil {
+		host.close()
+		s.Close()
+		return err
+	}
+	if !nd.hold(m) {
 		host.close()
 		s.Close()
 		return errClosed
@@ -307,10 +327,10 @@ func (nd *node) watch(lc *tailnode.LocalClient, rq *request, rp *reply) error {
 	})
 	go func() {
 		both.Wait()
-		nd.release(s)
+		nd.release(m)
 	}()
 	both.Go(func() {
-		defer s.Close()
+		defer m.abort()
 		tell := func(kind, state uint32, text string) error {
 			if len(text) > eventText {
 				text = text[:eventText]

@@ -236,7 +236,7 @@ int main(int argc, char **argv) {
 	int code;
 	while ((code = tailnode_read_event(w, &ev, &err)) == 0)
 		;
-	CHECK(code == TAILNODE_CLOSED || code == TAILNODE_CORE_LOST);
+	CHECK(code == TAILNODE_CORE_LOST); // never that the node was closed
 	close(w);
 	WANT(tailnode_op_wait(op, 10000, NULL, &err), TAILNODE_CORE_LOST);
 	await_end((pid_t)st.pid); // what is sent while it dies is lost with it

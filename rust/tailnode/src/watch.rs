@@ -48,12 +48,11 @@ impl Watch {
         Ok(Watch(sock::register(fd, Interest::READABLE).map_err(|e| Error::from_io("watch", e))?))
     }
 
-    /// Waits for the next change; `None` once the node is closed, or gone with its helper process. Who is slow misses intermediate states, never the last.
+    /// Waits for the next change; `None` once the node is closed. Who is slow misses intermediate states, never the last.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::CoreLost`] if the helper process that ran the node has ended, where that can be told from a node that was closed. The next
-    /// call of the node tells in any case.
+    /// [`ErrorKind::CoreLost`] if the helper process that ran the node has ended.
     ///
     /// # Cancel safety
     ///

@@ -248,17 +248,13 @@ async fn the_death_of_the_helper() {
         assert_eq!(unsafe { libc::kill(helper, libc::SIGKILL) }, 0);
         assert_eq!(conn.read(&mut [0; 8]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(listener.accept().await.unwrap_err().kind(), io::ErrorKind::NotConnected);
-        // A watch ends; whether it can tell why depends on what was under way.
-        loop {
+        let lost = loop {
             match watch.next().await {
                 Ok(Some(_)) => {}
-                Ok(None) => break,
-                Err(e) => {
-                    assert_eq!(e.kind(), ErrorKind::CoreLost, "{e}");
-                    break;
-                }
+                other => break other,
             }
-        }
+        };
+        assert_eq!(lost.unwrap_err().kind(), ErrorKind::CoreLost);
         assert_eq!(a.status(false).await.unwrap_err().kind(), ErrorKind::CoreLost);
         drop(a);
     })
