@@ -77,6 +77,25 @@ static struct core *new_core(int fd, pid_t pid) {
 	return c;
 }
 
+// Where the host is a subreaper, or its container's first process, a helper becomes its child after all: it is waited for when it has ended. That is seen with the
+// next helper that starts or is let go of, for nothing here waits; unless the host's own wait was first.
+static pthread_mutex_t ended_mu = PTHREAD_MUTEX_INITIALIZER;
+static pid_t ended[64]; // helpers that were let go of, and were not dead yet
+
+static void reap(pid_t also) {
+	pthread_mutex_lock(&ended_mu);
+	for (size_t i = 0; i < sizeof ended / sizeof *ended; i++) {
+		if (ended[i] && waitpid(ended[i], NULL, WNOHANG) != 0)
+			ended[i] = 0;
+		if (!ended[i] && also > 0) {
+			if (waitpid(also, NULL, WNOHANG) == 0) // else it is dead, or not a child: the usual case
+				ended[i] = also;
+			also = 0;
+		}
+	}
+	pthread_mutex_unlock(&ended_mu);
+}
+
 void tn_core_unref(struct core *c) {
 	if (!c || __atomic_sub_fetch(&c->refs, 1, __ATOMIC_ACQ_REL) != 0)
 		return;
@@ -84,6 +103,8 @@ void tn_core_unref(struct core *c) {
 	forget_fd(c->fd);
 	close(c->fd);
 	pthread_mutex_unlock(&unnoted);
+	if (c->pid)
+		reap(c->pid);
 	free(c);
 }
 
@@ -323,6 +344,7 @@ const char *tn_helper_path(char buf[PATH_MAX], const char *path) {
 
 int tn_core_spawn(const char *path, struct core **out, tailnode_error *err) {
 	int pair[2];
+	reap(0);
 	pthread_mutex_lock(&unnoted);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
 		int e = errno;

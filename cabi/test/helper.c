@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <sched.h>
 #include <stdint.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 
 static pid_t helper_of(tailnode_node n) {
@@ -199,13 +200,49 @@ static void fork_in_close(void) {
 	CHECK(waitpid(child, NULL, WNOHANG) == 0 && kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
 }
 
+// A host whose children orphans become, as the first process of a container: no helper stays behind but the last, and the host's own children are left alone.
+static int subreaper(void) {
+	tailnode_options o = options("creaper");
+	tailnode_node n;
+	pid_t pid = 0, last = 0, own = fork();
+	int st;
+	CHECK(own >= 0);
+	if (own == 0)
+		_exit(7);
+	CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
+	o.mode = TAILNODE_ISOLATED;
+	o.flags |= TAILNODE_RESTART;
+	for (int i = 0; i < 5; i++) {
+		OK(tailnode_new(&o, &n, &err));
+		CHECK(!last || (kill(last, 0) < 0 && errno == ESRCH));
+		pid = helper_of(n);
+		CHECK(kill(pid, SIGKILL) == 0);
+		await_end(pid);
+		OK(tailnode_start(n, &err)); // by another
+		CHECK(kill(pid, 0) < 0 && errno == ESRCH);
+		last = helper_of(n);
+		OK(tailnode_close(n, &err));
+		await_end(last);
+	}
+	CHECK(waitpid(own, &st, 0) == own && WEXITSTATUS(st) == 7);
+	pid = waitpid(-1, NULL, 0);
+	CHECK(pid == last || (pid < 0 && errno == ECHILD)); // it may have been quicker than the library's look
+	CHECK(waitpid(-1, NULL, 0) < 0 && errno == ECHILD);
+	return 0;
+}
+
 int main(int argc, char **argv) {
 	alarm(120);
 	if (argc > 2 && !strcmp(argv[1], "--host"))
 		return host(argv[2]);
+	if (argc > 1 && !strcmp(argv[1], "--subreaper"))
+		return subreaper();
 	static const char *const how[] = {"kill", "exit", "abort", "exec", "child"};
 	for (size_t i = 0; i < sizeof how / sizeof *how; i++)
 		ends(argv[0], how[i]);
+	char command[4200];
+	snprintf(command, sizeof command, "%s --subreaper", argv[0]);
+	CHECK(system(command) == 0);
 	forks();
 	fork_in_close();
 	char dir[] = "/tmp/tailnode-helper-XXXXXX";
