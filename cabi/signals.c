@@ -136,7 +136,7 @@ void tailnode_core_give_back_limits(void) {
 
 // ---- around the start of the runtime ----
 
-// Before the runtime's constructor, which has no priority.
+// Before the runtime's constructor, which has no priority. (In the archive archive.ld takes this one's away, and puts it directly before.)
 __attribute__((constructor(101))) static void before_runtime(void) {
 	getrlimit(RLIMIT_NOFILE, &files);
 	struct entry *table = NULL;
@@ -152,7 +152,7 @@ __attribute__((constructor(101))) static void before_runtime(void) {
 	pthread_sigmask(SIG_SETMASK, &all, &host_mask);
 }
 
-// After it: this file is linked behind the runtime.
+// Directly after it: this file is linked behind the runtime.
 __attribute__((constructor)) static void after_runtime(void) { pthread_sigmask(SIG_SETMASK, &host_mask, NULL); }
 
 static bool same(const struct sigaction *a, const struct sigaction *b) { return a->sa_sigaction == b->sa_sigaction; }
