@@ -86,7 +86,9 @@ fn from_source(core: bool) {
     if !cabi.join("include/tailnode.h").exists() {
         fail(&format!("no libtailnode was found, and its source is not in {} (TAILNODE_SRC).\n{WAYS}", root.display()));
     }
-    for p in ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "cabi/signals.c", "internal", "go.mod"] {
+    for p in
+        ["cabi/src", "cabi/include", "cabi/core", "cabi/main.go", "cabi/signals.c", "cabi/fork.c", "cabi/archive.ld", "internal", "go.mod"]
+    {
         println!("cargo:rerun-if-changed={}", root.join(p).display());
     }
     for e in std::fs::read_dir(&root).into_iter().flatten().flatten() {
@@ -131,7 +133,7 @@ fn build_core(go: &OsString, cabi: &Path, out: &Path, cc: &cc::Build) {
         "riscv64" => "riscv64",
         _ => fail(&format!("the Go core is not built for {arch} here; build it and set TAILNODE_LIB_DIR.")),
     };
-    let lib = out.join("libtailnode-core.a");
+    let (parts, object) = (out.join("core-parts.a"), out.join("core-parts.o"));
     let status = Command::new(go)
         // As in cabi/Makefile, so that it is the same core: goroutines are not preempted by SIGURG in a host's process.
         .args([
@@ -142,7 +144,7 @@ fn build_core(go: &OsString, cabi: &Path, out: &Path, cc: &cc::Build) {
             "-buildmode=c-archive",
             "-o",
         ])
-        .arg(&lib)
+        .arg(&parts)
         .arg(".")
         .current_dir(cabi)
         .env("CGO_ENABLED", "1")
@@ -154,6 +156,22 @@ fn build_core(go: &OsString, cabi: &Path, out: &Path, cc: &cc::Build) {
         Ok(s) if s.success() => {}
         Ok(s) => fail(&format!("`go build` of the core in {} failed ({s}); its words are above.", cabi.display())),
         Err(e) => fail(&format!("`go build` cannot be run: {e}")),
+    }
+    // One object, in which the runtime's start has nothing of the program's around it.
+    let linked = cc
+        .get_compiler()
+        .to_command()
+        .args(["-r", "-nostdlib", "-Wl,--build-id=none", "-Wl,--whole-archive"])
+        .arg(format!("-Wl,-T,{}", cabi.join("archive.ld").display()))
+        .arg(&parts)
+        .arg("-o")
+        .arg(&object)
+        .status();
+    if linked.is_ok_and(|s| s.success()) {
+        cc::Build::new().object(&object).cargo_metadata(false).compile("tailnode-core");
+    } else {
+        println!("cargo:warning=the core's objects cannot be linked into one by this linker: constructors of the program may run with signals blocked");
+        std::fs::copy(&parts, out.join("libtailnode-core.a")).unwrap_or_else(|e| fail(&format!("{}: {e}", parts.display())));
     }
 }
 
