@@ -74,6 +74,7 @@ type grower struct {
 
 	// Guarded by b.mu.
 	gone   bool
+	held   bool      // stretched: reclaim leaves it alone
 	extra  int64     // granted beyond initialBuffer
 	active time.Time // when it last asked
 	rtt    time.Duration
@@ -211,10 +212,27 @@ func (g *grower) release() {
 	b.mu.Unlock()
 }
 
+// stretch makes a send buffer larger than anything that it can hold, until relax gets the size that it returns.
+func (g *grower) stretch() (size int64) {
+	g.b.mu.Lock()
+	defer g.b.mu.Unlock()
+	g.held = true
+	size = g.size()
+	g.setSize(size + 2*g.b.max)
+	return size
+}
+
+func (g *grower) relax(size int64) {
+	g.b.mu.Lock()
+	defer g.b.mu.Unlock()
+	g.held = false
+	g.setSize(size)
+}
+
 func (b *budget) reclaimLocked(now time.Time) {
 	b.reclaims = now
 	for g := range b.grown {
-		if now.Sub(g.active) >= idleAfter {
+		if now.Sub(g.active) >= idleAfter && !g.held {
 			g.setSize(initialBuffer)
 			b.left += g.extra
 			g.extra = 0

@@ -66,6 +66,33 @@ func TestBudget(t *testing.T) {
 	}
 }
 
+// TestReclaimWhileStretched: a flush that has stretched the send buffer is not disturbed by another connection that wants to grow.
+func TestReclaimWhileStretched(t *testing.T) {
+	p := newPair(t, func(c *Config) { c.MaxBuffer = 1 << 20 })
+	l := listen(t, p.b, "[::]:80")
+	cc, _ := connect(t, p.a, l, b4)
+	c := cc.(*conn)
+	b := &p.a.budget
+	reclaim := func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.reclaimLocked(time.Now().Add(2 * idleAfter))
+	}
+	c.sm.Lock()
+	defer c.sm.Unlock()
+	c.wgrow.settle(1 << 20)
+	size := c.wgrow.stretch()
+	reclaim()
+	if got := c.wgrow.size(); got != size+2<<20 {
+		t.Errorf("while it is stretched: %d bytes, want %d", got, size+2<<20)
+	}
+	c.wgrow.relax(size)
+	reclaim()
+	if got := c.wgrow.size(); got != initialBuffer {
+		t.Errorf("later: %d bytes, want %d", got, initialBuffer)
+	}
+}
+
 // slow is an Output that delivers after a while, in order, without limit in between: a long fat path.
 type slow struct {
 	to    *wire

@@ -78,12 +78,16 @@ func (c *conn) flushLocked() {
 		return
 	}
 	n, err := c.pushLocked(c.pend)
-	if _, full := err.(*tcpip.ErrWouldBlock); full || err == nil && n < len(c.pend) {
-		size := c.wgrow.size()
-		c.wgrow.setSize(size + 2*c.wgrow.b.max)
-		_, err = c.pushLocked(c.pend[n:])
-		c.wgrow.setSize(size)
+	if noRoom(err) || err == nil && n < len(c.pend) {
+		size := c.wgrow.stretch()
+		var more int
+		more, err = c.pushLocked(c.pend[n:])
+		c.wgrow.relax(size)
 		c.tight = true
+		if n += more; noRoom(err) || err == nil && n < len(c.pend) {
+			c.ep.Abort() // cannot be, and if it were, the peer must not get a stream with a hole
+			err = &tcpip.ErrAborted{}
+		}
 	}
 	if err != nil {
 		c.failed = true // the next Write meets the same error
@@ -91,6 +95,11 @@ func (c *conn) flushLocked() {
 	gatherBuffers.Put(c.buf)
 	c.buf, c.pend = nil, nil
 	c.waiting.Store(false)
+}
+
+func noRoom(err tcpip.Error) bool {
+	_, yes := err.(*tcpip.ErrWouldBlock)
+	return yes
 }
 
 // push passes b to the stack, as much as it takes, after what was gathered. It does not block.

@@ -95,3 +95,26 @@ func TestGatheredReachesPeer(t *testing.T) {
 		t.Errorf("small write after abort: %v", err)
 	}
 }
+
+// TestNoHole: should the stack not take what was gathered, the connection ends, at both ends.
+func TestNoHole(t *testing.T) {
+	p := newPair(t, nil)
+	l := listen(t, p.b, "[::]:80")
+	cc, d := connect(t, p.a, l, b4)
+	c := cc.(*conn)
+	none := new(budget) // of which the buffer cannot be stretched
+	none.init(0, 0)
+	c.sm.Lock()
+	c.wgrow.b = none
+	c.sm.Unlock()
+	var err error
+	for b := make([]byte, 1000); err == nil; {
+		_, err = c.Write(b)
+	}
+	if !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Write: %v", err)
+	}
+	if _, err := io.Copy(io.Discard, d); !errors.Is(err, ErrReset) {
+		t.Errorf("the peer reads %v", err)
+	}
+}
