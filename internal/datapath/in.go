@@ -51,15 +51,16 @@ func (s *sink) WireGuard(src path.Source, _ *path.Peer, b []byte) {
 	s.packet(p, plain)
 }
 
-// connected reports whether a TCP packet that does not begin a connection is of one.
-func (s *sink) connected(h *packet.Parsed) (connected, listener bool) {
+// taker returns what a TCP packet is for.
+func (s *sink) taker(h *packet.Parsed) netstack.Taker {
 	if h.Src == s.tcpSrc && h.Dst == s.tcpDst {
-		return true, false
+		return netstack.Connection
 	}
-	if connected, listener = s.t.e.stack.Connected(h.Dst, h.Src); connected {
+	to := s.t.e.stack.Taker(h.Dst, h.Src)
+	if to == netstack.Connection {
 		s.tcpSrc, s.tcpDst = h.Src, h.Dst
 	}
-	return connected, listener
+	return to
 }
 
 // Flush hands everything that is still gathered to the netstack.
@@ -99,21 +100,20 @@ func (s *sink) packet(p *peer, b []byte) {
 		return
 	}
 	stray := false
-	if v == filter.AcceptTCP {
-		switch connected, listener := s.connected(h); {
-		case connected:
-		case listener && !f.AllowsTCP(h.Src.Addr(), h.Dst):
+	var to netstack.Taker
+	if h.Proto == packet.TCP {
+		to = s.taker(h)
+		if v == filter.AcceptTCP && to == netstack.Listener && !f.AllowsTCP(h.Src.Addr(), h.Dst) {
 			// Otherwise a peer without a rule could guess the cookie with which a listener whose backlog is full answers, and would be connected.
 			return
-		default:
-			stray = true
 		}
+		stray = to != netstack.Connection || h.TCPFlags&packet.TCPSyn != 0
 	}
 	if e.intercept(p, h) {
 		return
 	}
 	if stray {
-		s.inbox.CommitStray(b)
+		s.inbox.CommitStray(b, to)
 	} else {
 		s.inbox.Commit(b)
 	}

@@ -165,10 +165,6 @@ func (in *Inbox) Commit(pkt []byte) {
 				// Others' listeners might take the acknowledgement and the first data together amiss: gVisor's does when it is full.
 				answer = markSYN(s.hdr[s.ipLen:], int(in.s.link.mtu), s.ipLen)
 			case tcpSYN:
-				if !in.s.link.strays.enter() {
-					in.restore()
-					return
-				}
 				markSYN(s.hdr[s.ipLen:], int(in.s.link.mtu), s.ipLen)
 			case tcpFIN | tcpACK:
 				answer = true
@@ -207,11 +203,17 @@ func (in *Inbox) Commit(pkt []byte) {
 	}
 }
 
-// CommitStray is Commit for a TCP packet that is no SYN and belongs to no connection, by [Stack.Connected]. It drops one that is long, or
-// comes when too many, SYNs among them, have not been answered yet (the peer sends again what it cares about).
-func (in *Inbox) CommitStray(pkt []byte) {
-	if len(pkt) <= maxStray && in.s.link.strays.enter() {
-		in.Commit(pkt)
+// CommitStray is Commit for a TCP packet that begins a connection or belongs to no established one; to is what [Stack.Taker] says. It drops one that is
+// never answered, one with anything unusual in its IP header, for the stack might drop that, and one that is long, or
+// comes when too many have not been answered yet (the peer sends again what it cares about).
+func (in *Inbox) CommitStray(pkt []byte, to Taker) {
+	var s segment
+	if kind := s.parse(pkt); kind == malformed || !s.tcp || s.ipLen != header.IPv4MinimumSize && pkt[0]>>4 == 4 || !in.s.link.strays.admit(pkt, &s, to) {
+		return
+	}
+	in.Commit(pkt)
+	if to != Handshake {
+		in.deliver() // alone, for it has an answer of its own
 	}
 }
 

@@ -100,11 +100,12 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 		p := newPacket()
 		p.set(pk, int(l.mtu))
 		l.windows.sent(p.hdr)
+		era := l.strays.leaving()
 		if !l.acks.keep(p.hdr, p.size, p) {
 			p.nAhead = l.acks.ahead(p.hdr, &p.ahead)
 			l.out.WritePacket(p)
 		}
-		l.strays.sent(p.hdr)
+		l.strays.left(era, p.hdr)
 		p.free()
 	}
 	return len(list), nil

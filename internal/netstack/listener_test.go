@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-func TestConnected(t *testing.T) {
+func TestTaker(t *testing.T) {
 	p := newPair(t, nil)
 	ln, err := p.b.ListenTCP(netip.AddrPortFrom(netip.IPv6Unspecified(), 80))
 	if err != nil {
@@ -28,20 +28,20 @@ func TestConnected(t *testing.T) {
 	for _, tt := range []struct {
 		name          string
 		local, remote netip.AddrPort
-		connected     bool
-		listener      bool
+		want          Taker
 	}{
-		{"the connection", to, from, true, false},
-		{"another port of its peer", to, netip.AddrPortFrom(from.Addr(), from.Port()+1), false, true},
-		{"another peer", to, netip.MustParseAddrPort("100.64.9.9:1"), false, true},
-		{"a port without listener", netip.AddrPortFrom(b4, 81), from, false, false},
-		{"the other family", netip.AddrPortFrom(b6, 80), netip.AddrPortFrom(a6, 1), false, true},
+		{"the connection", to, from, Connection},
+		{"another port of its peer", to, netip.AddrPortFrom(from.Addr(), from.Port()+1), Listener},
+		{"another peer", to, netip.MustParseAddrPort("100.64.9.9:1"), Listener},
+		{"a port without listener", netip.AddrPortFrom(b4, 81), from, Nobody},
+		{"an address of another node", netip.AddrPortFrom(a4, 80), from, Foreign},
+		{"the other family", netip.AddrPortFrom(b6, 80), netip.AddrPortFrom(a6, 1), Listener},
 	} {
-		if connected, listener := p.b.Connected(tt.local, tt.remote); connected != tt.connected || listener != tt.listener {
-			t.Errorf("%s: %v, %v, want %v, %v", tt.name, connected, listener, tt.connected, tt.listener)
+		if got := p.b.Taker(tt.local, tt.remote); got != tt.want {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
 		}
 	}
-	if n := testing.AllocsPerRun(100, func() { p.b.Connected(to, from) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { p.b.Taker(to, from) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
 }

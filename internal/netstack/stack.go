@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -115,6 +116,7 @@ type Stack struct {
 
 	addrMu sync.Mutex // serialises SetAddresses
 	addrs  map[netip.Addr]bool
+	own    atomic.Pointer[map[netip.Addr]bool] // a copy of addrs that is not changed
 
 	mu     sync.Mutex
 	closed bool
@@ -151,6 +153,7 @@ func New(cfg Config) (*Stack, error) {
 		socks: make(map[socket]struct{}),
 		done:  make(chan struct{}),
 	}
+	s.own.Store(new(map[netip.Addr]bool))
 	s.budget.init(cfg.MaxBuffer, cfg.BufferBudget)
 	s.life, s.stop = context.WithCancel(context.Background())
 	s.flusher.Flush = (*conn).flush
@@ -246,6 +249,8 @@ func (s *Stack) SetAddresses(addrs []netip.Addr) {
 		}
 		s.addrs[a] = true
 	}
+	own := maps.Clone(s.addrs)
+	s.own.Store(&own)
 }
 
 // SendRaw passes pkt, a whole IP packet with its checksums filled in, to Output as it is. It neither keeps nor changes
@@ -332,20 +337,29 @@ func (s *Stack) NumSockets() int {
 	return len(s.socks)
 }
 
-// Connected reports whether there is a connection, established or on the way, between local and remote, and if not, whether a TCP packet
-// from remote to local would go to a listener. It does not block but for short locks, and does not allocate.
-func (s *Stack) Connected(local, remote netip.AddrPort) (connected, listener bool) {
-	proto := ipv6.ProtocolNumber
-	if local.Addr().Is4() {
-		proto = ipv4.ProtocolNumber
-	}
-	ep := s.gv.FindTransportEndpoint(proto, tcp.ProtocolNumber, stack.TransportEndpointID{
+// Taker returns what a TCP packet from remote to local is for. It does not block but for short locks, and does not allocate.
+func (s *Stack) Taker(local, remote netip.AddrPort) Taker {
+	proto := netProto(local.Addr())
+	ep, ok := s.gv.FindTransportEndpoint(proto, tcp.ProtocolNumber, stack.TransportEndpointID{
 		LocalPort: local.Port(), LocalAddress: toGV(local.Addr()),
 		RemotePort: remote.Port(), RemoteAddress: toGV(remote.Addr()),
-	}, nicID)
-	e, ok := ep.(*tcp.Endpoint)
-	listener = ok && e.EndpointState() == tcp.StateListen
-	return ok && !listener, listener
+	}, nicID).(*tcp.Endpoint)
+	if ok {
+		switch ep.EndpointState() {
+		case tcp.StateEstablished, tcp.StateFinWait1, tcp.StateFinWait2, tcp.StateCloseWait, tcp.StateClosing, tcp.StateLastAck:
+			return Connection
+		case tcp.StateListen:
+		default:
+			return Handshake
+		}
+	}
+	switch {
+	case !(*s.own.Load())[local.Addr()]:
+		return Foreign
+	case ok:
+		return Listener
+	}
+	return Nobody
 }
 
 func toGV(a netip.Addr) tcpip.Address {
