@@ -74,10 +74,17 @@ func (d *side) setDeadline(t time.Time) {
 	}
 }
 
-// fire runs when the timer does, which may be just after the deadline was moved.
+// fire runs when the timer does, which may be just after the deadline was moved. A deadline without a monotonic reading may then be ahead again,
+// for the clock may have been set back.
 func (d *side) fire() {
 	d.dmu.Lock()
-	d.expired = !d.at.IsZero() && !time.Now().Before(d.at)
+	d.expired = false
+	if !d.at.IsZero() {
+		wait := time.Until(d.at)
+		if d.expired = wait <= 0; !d.expired {
+			d.timer.Reset(wait)
+		}
+	}
 	late := d.expired
 	d.dmu.Unlock()
 	if late {
@@ -87,6 +94,7 @@ func (d *side) fire() {
 
 func (d *side) stopTimer() {
 	d.dmu.Lock()
+	d.at = time.Time{} // for fire
 	if d.timer != nil {
 		d.timer.Stop()
 	}

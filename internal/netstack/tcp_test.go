@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -406,6 +407,25 @@ func TestDeadlinesAndClose(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDeadlineClockSetBack: a deadline of which the timer turns out to have run too early is still met.
+func TestDeadlineClockSetBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := side{ready: make(chan struct{}, 1)}
+		d.setDeadline(time.Now().Round(0).Add(time.Second))
+		d.dmu.Lock()
+		d.at = d.at.Add(time.Minute) // as the clock, set back by that, has it
+		d.dmu.Unlock()
+		start := time.Now()
+		select {
+		case <-d.ready:
+		case <-time.After(time.Hour):
+		}
+		if took := time.Since(start); !d.timedOut() || took != time.Minute+time.Second {
+			t.Errorf("timed out: %v, after %v", d.timedOut(), took)
+		}
+	})
 }
 
 func TestReset(t *testing.T) {
