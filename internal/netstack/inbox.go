@@ -212,7 +212,7 @@ func (in *Inbox) CommitStray(pkt []byte, to Taker) {
 		return
 	}
 	in.Commit(pkt)
-	if to != Handshake {
+	if to == Nobody {
 		in.deliver() // alone, for it has an answer of its own
 	}
 }

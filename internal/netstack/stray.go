@@ -44,10 +44,11 @@ const (
 // it sends faster than it is answered, or while a worker is held up in WritePacket. Two things are counted, up to maxStrays each:
 //
 //   - What comes to a listener, or to nobody: in when it comes, and out when an answer leaves, a SYN-ACK or a reset. What is never
-//     answered is dropped instead (admit). Some still have no answer: a SYN to a listener whose backlog is full, an acknowledgement of a cookie, which makes
-//     a connection, a SYN that the fallback handler has already. So once the count has reached its bound and no answer has left for
-//     strayQuiet, nothing is waiting, unless a worker is held up, and the count starts again. To nobody's packets the stack answers before Commit returns,
-//     so none of them wait; they are counted because their resets are.
+//     answered is dropped instead (admit). Some still have no answer: a SYN to a listener whose backlog is full, an acknowledgement of a
+//     cookie, which makes a connection, a SYN that the fallback handler has already, and segments to a listener that were joined (which they
+//     have to be: of the first data of a connection, come when the backlog is full, the second alone would be answered with a reset). So once
+//     the count has reached its bound and no answer has left for strayQuiet, nothing is waiting, unless a worker is held up, and the count
+//     starts again. What comes to nobody is answered before Commit returns, so none of it waits; it is counted because its resets are.
 //   - What comes to a handshake. Most of that has no answer, so this count starts again once the workers have had the time for it.
 //
 // Not counted is what comes to an established connection: data is bounded there by its receive buffer, and for the rest nothing is sent,
