@@ -219,11 +219,17 @@ async fn drops_do_not_wait() {
         // Safety: the helper of this test's own node.
         let kill = |n| assert_eq!(unsafe { libc::kill(helper, n) }, 0);
         kill(libc::SIGSTOP);
+        // A thread of it may be running still.
+        let stopped = |tid| std::fs::read_to_string(format!("/proc/{helper}/task/{tid}/stat")).is_ok_and(|s| s.contains(") T "));
+        let all =
+            || std::fs::read_dir(format!("/proc/{helper}/task")).unwrap().all(|t| stopped(t.unwrap().file_name().into_string().unwrap()));
+        until("the helper has stopped", all).await;
         conn.write_all(b"not read any more").await.unwrap();
         for _ in 0..100 {
             // Started, polled, given up.
             let dial = a.dial("gopeer:7");
-            assert!(tokio::time::timeout(Duration::from_millis(1), dial).await.is_err());
+            let given_up = tokio::time::timeout(Duration::from_millis(1), dial).await;
+            assert!(given_up.is_err(), "{given_up:?}");
         }
         drop((listener, udp, watch, conn));
         drop(a);
