@@ -86,11 +86,11 @@ typedef enum tailnode_code {
 	TAILNODE_CANCELED = 5,            /* tailnode_op_cancel ended it */
 	TAILNODE_TIMEOUT = 6,             /* timeout_ms passed; the message says what was missing */
 	TAILNODE_AUTH_REFUSED = 7,        /* control refused the auth key or the node; the message is control's own */
-	TAILNODE_NEEDS_LOGIN = 8,         /* somebody must visit the auth URL */
-	TAILNODE_NEEDS_APPROVAL = 9,      /* an administrator must approve the machine */
+	TAILNODE_NEEDS_LOGIN = 8,         /* reserved (somebody must visit the auth URL): see TAILNODE_TIMEOUT */
+	TAILNODE_NEEDS_APPROVAL = 9,      /* reserved (an administrator must approve the machine) */
 	TAILNODE_KEY_EXPIRED = 10,        /* this node's key, or the peer's, has expired */
-	TAILNODE_CONTROL_UNREACHABLE = 11,/* no connection to the control server */
-	TAILNODE_CONTROL_PROTOCOL = 12,   /* what answered does not speak the control protocol correctly */
+	TAILNODE_CONTROL_UNREACHABLE = 11,/* reserved (no connection to the control server) */
+	TAILNODE_CONTROL_PROTOCOL = 12,   /* reserved (what answered does not speak the control protocol correctly) */
 	TAILNODE_STATE_CORRUPT = 13,      /* the state is torn or another program's; it was left as it is */
 	TAILNODE_STATE_LOCKED = 14,       /* another process uses the state directory */
 	TAILNODE_STATE_IO = 15,           /* the state could not be read or written */

@@ -18,10 +18,17 @@ static char text[600];
 		}                                                              \
 	} while (0)
 
+static char states[] = "/tmp/tailnode-dropin-XXXXXX"; // of all nodes of this run, and of no other
+
 static tailscale server(const char *hostname) {
 	tailscale sd = tailscale_new();
 	CHECK(sd > 0);
-	char dir[] = "/tmp/tailnode-dropin-XXXXXX";
+	static int made;
+	if (!made)
+		CHECK(mkdtemp(states));
+	made = 1;
+	char dir[sizeof states + 8];
+	snprintf(dir, sizeof dir, "%s/XXXXXX", states);
 	CHECK(mkdtemp(dir));
 	OK(sd, tailscale_set_dir(sd, dir));
 	OK(sd, tailscale_set_hostname(sd, hostname));
@@ -299,5 +306,7 @@ int main(void) {
 	close(listener);
 	OK(a, tailscale_close(a));
 	printf("dropin: ok\n");
-	return system("rm -rf /tmp/tailnode-dropin-??????");
+	char rm[sizeof states + 8];
+	snprintf(rm, sizeof rm, "rm -rf %s", states);
+	return system(rm);
 }

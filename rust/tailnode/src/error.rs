@@ -53,15 +53,15 @@ kinds! {
     Timeout = TAILNODE_TIMEOUT, "timeout";
     /// Control refused the auth key or the node; the message is control's own.
     AuthRefused = TAILNODE_AUTH_REFUSED, "auth refused";
-    /// Somebody must visit the auth URL.
+    /// Reserved: somebody must visit the auth URL. Calls that wait for it end with [`Timeout`](Self::Timeout), which says so.
     NeedsLogin = TAILNODE_NEEDS_LOGIN, "needs login";
-    /// An administrator must approve the machine.
+    /// Reserved: an administrator must approve the machine. See [`Timeout`](Self::Timeout).
     NeedsApproval = TAILNODE_NEEDS_APPROVAL, "needs approval";
     /// This node's key, or the peer's, has expired.
     KeyExpired = TAILNODE_KEY_EXPIRED, "key expired";
-    /// There is no connection to the control server.
+    /// Reserved: there is no connection to the control server. See [`Timeout`](Self::Timeout).
     ControlUnreachable = TAILNODE_CONTROL_UNREACHABLE, "control unreachable";
-    /// What answered does not speak the control protocol correctly.
+    /// Reserved: what answered does not speak the control protocol correctly. See [`Timeout`](Self::Timeout).
     ControlProtocol = TAILNODE_CONTROL_PROTOCOL, "control protocol";
     /// The state is torn or another program's; it was left as it is.
     StateCorrupt = TAILNODE_STATE_CORRUPT, "state corrupt";

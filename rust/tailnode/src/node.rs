@@ -162,8 +162,8 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// Control's own words, at once, if it refuses the node ([`ErrorKind::AuthRefused`]); [`ErrorKind::NeedsLogin`] and
-    /// [`ErrorKind::NeedsApproval`] if somebody must act first; [`ErrorKind::Timeout`]; the errors of the state and of the arguments.
+    /// Control's own words, at once, if it refuses the node ([`ErrorKind::AuthRefused`]); [`ErrorKind::Timeout`], which says what was
+    /// missing, such as somebody who logs in or approves; the errors of the state and of the arguments.
     ///
     /// # Cancel safety
     ///
