@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -96,6 +97,48 @@ func TestHomeAndOthers(t *testing.T) {
 			t.Errorf("ping of a region that is not connected: %v", err)
 		}
 	})
+}
+
+// TestCloseWritesWhatIsQueued: the last packets of a node reach a relay that takes them, and one that does not holds Close up for a moment only.
+func TestCloseWritesWhatIsQueued(t *testing.T) {
+	for _, reads := range []bool{true, false} {
+		bubble(t, func(t *testing.T, w *world, rs *Regions, l log) {
+			const n = 500
+			stop := make(chan struct{})
+			var got atomic.Int32
+			w.serve("one", good(func(_ *relay, ft derp.FrameType, _ []byte) {
+				if ft == derp.NotePreferred && !reads {
+					<-stop
+				}
+				if ft == derp.SendPacket {
+					got.Add(1)
+				}
+			}))
+			rs.SetMap(mapOf(reg(1, "one")))
+			rs.SetHome(1)
+			l.want(t, "up", 1)
+			synctest.Wait()
+			peer := key.NewNode().Public()
+			for range n {
+				if err := rs.Send(1, peer, make([]byte, 1000), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			began := time.Now()
+			if !reads {
+				time.AfterFunc(time.Minute, func() { close(stop) })
+			}
+			rs.Close()
+			took := time.Since(began)
+			synctest.Wait()
+			if reads && (got.Load() != n || took != 0) {
+				t.Errorf("%d of %d packets have come; Close took %v", got.Load(), n, took)
+			}
+			if !reads && (took < closeWait || took > 10*time.Second) {
+				t.Errorf("Close took %v with a relay that does not read", took)
+			}
+		})
+	}
 }
 
 func TestSendErrors(t *testing.T) {

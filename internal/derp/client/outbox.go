@@ -26,7 +26,9 @@ type outbox struct {
 	ctl     []byte // control frames; they go first
 	bucket  bucket
 	live    bool
-	sent    uint64 // packets queued
+	busy    bool          // what next returned last is being written
+	idle    chan struct{} // somebody waits until nothing is; nil: nobody
+	sent    uint64        // packets queued
 	bytes   uint64
 	dropped uint64
 }
@@ -51,6 +53,7 @@ func (o *outbox) detach() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.live, o.ctl, o.bucket = false, nil, bucket{}
+	o.restLocked()
 	o.dropped += uint64(o.q.Trim(idleBytes, idleFrames))
 }
 
@@ -124,12 +127,38 @@ func (o *outbox) send(dst key.NodePublic, b []byte, seg int) (live bool, err err
 	return o.live, err
 }
 
-// next takes what is to be written now.
+// next takes what is to be written now; what it returned before has been.
 func (o *outbox) next() (ctl []byte, chunk *derp.Chunk) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	ctl, o.ctl = o.ctl, nil
-	return ctl, o.q.Pop()
+	chunk = o.q.Pop()
+	if o.busy = ctl != nil || chunk != nil; !o.busy {
+		o.restLocked()
+	}
+	return ctl, chunk
+}
+
+// restLocked says that nothing is being written.
+func (o *outbox) restLocked() {
+	o.busy = false
+	if o.idle != nil {
+		close(o.idle)
+		o.idle = nil
+	}
+}
+
+// written returns a channel that is closed once all that waits has been written, or the connection has gone; nil if there is nothing to wait for.
+func (o *outbox) written() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if _, frames := o.q.Len(); !o.live || !o.busy && frames == 0 && len(o.ctl) == 0 {
+		return nil
+	}
+	if o.idle == nil {
+		o.idle = make(chan struct{})
+	}
+	return o.idle
 }
 
 // bucket is the token bucket that a relay may impose. The zero value imposes nothing.

@@ -28,6 +28,7 @@ const (
 	maxReconnectIn = 30 * time.Second // a relay may not keep us away longer
 	maxTryFor      = 60 * time.Second
 	restartRetry   = 200 * time.Millisecond
+	closeWait      = 250 * time.Millisecond // for what is queued, in all
 	maxGone        = 1024
 
 	// firstReturn is how long after the region's first relay was passed over it is tried again, and maxReturn the longest time
@@ -329,9 +330,10 @@ func (rs *Regions) Stats() []RegionState {
 	return all
 }
 
-// Close ends all connections and waits for their goroutines. It may be called any number of
-// times, from anywhere but a [Handler].
+// Close has what is queued written, for closeWait at the most, ends all connections and waits for their
+// goroutines. It may be called any number of times, from anywhere but a [Handler].
 func (rs *Regions) Close() {
+	rs.finish()
 	rs.mu.Lock()
 	rs.closed = true
 	rs.cancel(ErrClosed)
@@ -343,6 +345,21 @@ func (rs *Regions) Close() {
 	rs.byID.Store(&map[int]*region{})
 	rs.mu.Unlock()
 	rs.wg.Wait()
+}
+
+// finish lets the writers write what is queued: the last words of a node's connections are among it, without which its peers wait for an answer.
+func (rs *Regions) finish() {
+	late := time.NewTimer(closeWait)
+	defer late.Stop()
+	for _, r := range *rs.byID.Load() {
+		if w := r.out.written(); w != nil {
+			select {
+			case <-w:
+			case <-late.C:
+				return
+			}
+		}
+	}
 }
 
 func (r *region) poke() {
