@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -114,9 +113,8 @@ type Stack struct {
 	piece   int
 	flusher flush.Flusher[*conn]
 
-	addrMu sync.Mutex // serialises SetAddresses
-	addrs  map[netip.Addr]bool
-	own    atomic.Pointer[map[netip.Addr]bool] // a copy of addrs that is not changed
+	addrMu sync.Mutex                          // serialises SetAddresses
+	addrs  atomic.Pointer[map[netip.Addr]bool] // replaced, not changed
 
 	mu     sync.Mutex
 	closed bool
@@ -149,11 +147,10 @@ func New(cfg Config) (*Stack, error) {
 
 	s := &Stack{
 		cfg:   cfg,
-		addrs: make(map[netip.Addr]bool),
 		socks: make(map[socket]struct{}),
 		done:  make(chan struct{}),
 	}
-	s.own.Store(new(map[netip.Addr]bool))
+	s.addrs.Store(new(map[netip.Addr]bool))
 	s.budget.init(cfg.MaxBuffer, cfg.BufferBudget)
 	s.life, s.stop = context.WithCancel(context.Background())
 	s.flusher.Flush = (*conn).flush
@@ -228,15 +225,17 @@ func (s *Stack) SetAddresses(addrs []netip.Addr) {
 			want[a] = true
 		}
 	}
-	for a := range s.addrs {
-		if !want[a] {
+	have := make(map[netip.Addr]bool, len(want))
+	for a := range *s.addrs.Load() {
+		if want[a] {
+			have[a] = true
+		} else {
 			s.gv.RemoveAddress(nicID, toGV(a))
-			delete(s.addrs, a)
 		}
 	}
 	for _, a := range addrs { // in the caller's order: the first of a family is the source of what is dialled
 		a = a.Unmap().WithZone("")
-		if !want[a] || s.addrs[a] {
+		if !want[a] || have[a] {
 			continue
 		}
 		pa := tcpip.ProtocolAddress{
@@ -247,10 +246,9 @@ func (s *Stack) SetAddresses(addrs []netip.Addr) {
 			s.cfg.Logger.Warn("netstack: address not added", "addr", a, "err", err.String())
 			continue
 		}
-		s.addrs[a] = true
+		have[a] = true
 	}
-	own := maps.Clone(s.addrs)
-	s.own.Store(&own)
+	s.addrs.Store(&have)
 }
 
 // SendRaw passes pkt, a whole IP packet with its checksums filled in, to Output as it is. It neither keeps nor changes
@@ -354,7 +352,7 @@ func (s *Stack) Taker(local, remote netip.AddrPort) Taker {
 		}
 	}
 	switch {
-	case !(*s.own.Load())[local.Addr()]:
+	case !(*s.addrs.Load())[local.Addr()]:
 		return Foreign
 	case ok:
 		return Listener
