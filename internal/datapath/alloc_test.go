@@ -12,16 +12,7 @@ import (
 // path, socket, and all of it back up again. gVisor allocates seven times, and nobody else at all.
 func TestWholePathAllocations(t *testing.T) {
 	a, b := newPair(t)
-	pc, err := b.Stack().ListenUDP(netip.AddrPortFrom(b.a4, 53))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pc.Close()
-	c, err := a.Stack().DialUDP(t.Context(), netip.AddrPortFrom(b.a4, 53))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
+	c, pc := a.datagrams(b)
 	pc.SetDeadline(time.Now().Add(30 * time.Second))
 	in := pc.(interface {
 		ReadFromAddrPort([]byte) (int, netip.AddrPort, error)

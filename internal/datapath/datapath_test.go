@@ -133,6 +133,23 @@ func (e *end) dial(d time.Duration, dst netip.AddrPort) error {
 	return err
 }
 
+// datagrams returns a UDP socket of e that is connected to one of to. They are closed before the two are.
+func (e *end) datagrams(to *end) (from net.Conn, at net.PacketConn) {
+	e.t.Helper()
+	addr := netip.AddrPortFrom(to.a4, 53)
+	at, err := to.Stack().ListenUDP(addr)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	e.t.Cleanup(func() { at.Close() })
+	from, err = e.Stack().DialUDP(e.t.Context(), addr)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	e.t.Cleanup(func() { from.Close() })
+	return from, at
+}
+
 // listen accepts connections to a port and tells from where they came.
 func (e *end) listen(port uint16) <-chan netip.Addr {
 	e.t.Helper()
@@ -197,16 +214,7 @@ func TestExpiredPeer(t *testing.T) {
 			}
 			// That nothing is sent shows later: bytes counted would be WireGuard's own too, and what was under way, such as the end of
 			// the connection.
-			pc, err := b.Stack().ListenUDP(netip.AddrPortFrom(b.a4, 53))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer pc.Close()
-			c, err := a.Stack().DialUDP(t.Context(), netip.AddrPortFrom(b.a4, 53))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
+			c, pc := a.datagrams(b)
 			c.Write([]byte("while expired")) // into nothing, whatever it returns
 			if err := a.dial(300*time.Millisecond, netip.AddrPortFrom(b.a4, 80)); err == nil {
 				t.Error("an expired peer was reached")

@@ -15,16 +15,7 @@ func TestDatagramsStayInOrder(t *testing.T) {
 	ForceRelay.Store(true)
 	defer ForceRelay.Store(false)
 	a, b := newPair(t)
-	pc, err := b.Stack().ListenUDP(netip.AddrPortFrom(b.a4, 53))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pc.Close()
-	c, err := a.Stack().DialUDP(t.Context(), netip.AddrPortFrom(b.a4, 53))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
+	c, pc := a.datagrams(b)
 	const rounds, run = 40, 150 // a run fits the receive queue
 	done := make(chan error, 1)
 	read := make(chan struct{}, 1)
@@ -148,16 +139,7 @@ func TestStream(t *testing.T) {
 // BenchmarkDatagramsOneWay sends datagrams without a pause.
 func BenchmarkDatagramsOneWay(b *testing.B) {
 	x, y := newPair(b)
-	pc, err := y.Stack().ListenUDP(netip.AddrPortFrom(y.a4, 53))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer pc.Close()
-	c, err := x.Stack().DialUDP(b.Context(), netip.AddrPortFrom(y.a4, 53))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer c.Close()
+	c, _ := x.datagrams(y)
 	msg := make([]byte, 1200)
 	b.ReportAllocs()
 	b.SetBytes(int64(len(msg)))
