@@ -22,7 +22,7 @@ func TestPacketCost(t *testing.T) {
 	}))
 }
 
-// TestPeerCost weighs peers that nobody has talked to.
+// TestPeerCost weighs peers that nobody has talked to, and counts their goroutines.
 func TestPeerCost(t *testing.T) {
 	const n = 10_000
 	m, _, _ := newManager(t)
@@ -33,9 +33,12 @@ func TestPeerCost(t *testing.T) {
 			Endpoints: []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 41641)},
 		}
 	}
-	before := heapBytes()
+	before, goroutines := heapBytes(), runtime.NumGoroutine()
 	for i := range infos {
 		m.UpsertPeer(infos[i])
+	}
+	if g := runtime.NumGoroutine(); g > goroutines { // fewer: one of the test before was still ending
+		t.Errorf("%d goroutines more", g-goroutines)
 	}
 	budget.Check(t, "bytes.peer.path", (heapBytes()-before)/n)
 	runtime.KeepAlive(infos)

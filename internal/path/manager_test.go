@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"net/netip"
-	"runtime"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -371,38 +370,6 @@ func TestRelayErrorIsReturned(t *testing.T) {
 	if err := p.Send(wgPacket(64), 64); !errors.Is(err, r.err) {
 		t.Errorf("%v", err)
 	}
-}
-
-// TestPeersAreCheap bounds what an idle peer costs.
-func TestPeersAreCheap(t *testing.T) {
-	m, _, _ := newManager(t)
-	const n = 10_000
-	heap := func() uint64 {
-		runtime.GC()
-		runtime.GC()
-		var ms runtime.MemStats
-		runtime.ReadMemStats(&ms)
-		return ms.HeapAlloc
-	}
-	infos := make([]PeerInfo, n)
-	for i := range infos {
-		infos[i] = PeerInfo{Key: key.NodePublicFromRaw([32]byte{1, byte(i), byte(i >> 8)}),
-			Disco: key.DiscoPublicFromRaw([32]byte{2, byte(i), byte(i >> 8)}), HomeRegion: 1}
-	}
-	goroutines := runtime.NumGoroutine()
-	before := heap()
-	for _, info := range infos {
-		m.UpsertPeer(info)
-	}
-	per := (heap() - before) / n
-	t.Logf("%d bytes per idle peer", per)
-	if per > 600 {
-		t.Errorf("%d bytes per idle peer", per)
-	}
-	if g := runtime.NumGoroutine(); g != goroutines {
-		t.Errorf("%d goroutines more", g-goroutines)
-	}
-	runtime.KeepAlive(infos)
 }
 
 // TestMachinesAreForgotten: those too that were made for nothing.
