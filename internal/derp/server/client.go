@@ -116,16 +116,21 @@ func (c *client) leave(next *client) {
 	for p := range peers {
 		p.forget(c)
 		if next != nil {
-			next.meet(p)
-			p.meet(next)
-			if next.left() || p.left() { // in between, and its leave may have missed the other
-				next.forget(p)
-				p.forget(next)
-			}
+			acquaint(next, p)
 			continue
 		}
 		c.s.stats.gone.Add(1)
 		p.control(derp.AppendPeerGone(nil, c.key, derp.GoneDisconnected))
+	}
+}
+
+// acquaint has two connections remember each other, unless one has left.
+func acquaint(a, b *client) {
+	a.meet(b)
+	b.meet(a)
+	if a.left() || b.left() { // in between, and its leave may have missed the other
+		a.forget(b)
+		b.forget(a)
 	}
 }
 
@@ -205,10 +210,7 @@ func (c *client) deliver(src *client, packet []byte) bool {
 		c.s.stats.droppedFull.Add(uint64(dropped))
 	}
 	if met && src != c {
-		src.meet(c)
-		if c.left() { // in between, and leave may have missed src
-			src.forget(c)
-		}
+		acquaint(src, c)
 	}
 	return true
 }
