@@ -327,6 +327,7 @@ func TestRunHistoryAndFull(t *testing.T) {
 		if err != nil || len(r.Latency) != 2 || r.Home != 1 || r.MappingVaries != tailcfg.False {
 			t.Fatalf("%+v, %v", r, err)
 		}
+		synctest.Wait()                                 // connections that are still being closed look it up
 		b.dist[netip.MustParseAddr(addr(1))] = 300 * ms // for a moment
 		cfg.Home, cfg.Last = 1, r
 		if r, err = Run(t.Context(), cfg); err != nil || r.Home != 1 {

@@ -160,7 +160,7 @@ func TestForward(t *testing.T) {
 		if !s.Connected(a.pub) || s.Connected(key.NewNode().Public()) {
 			t.Error("Connected")
 		}
-		a.settle() // what is counted after it is sent
+		synctest.Wait() // what is counted after it is sent
 		if got := s.Stats(); got.PacketsIn != 12 || got.PacketsOut != 12 || got.BytesIn != got.BytesOut || got.Clients != 2 {
 			t.Errorf("%+v", got)
 		}
