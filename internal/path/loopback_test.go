@@ -32,7 +32,7 @@ func TestOverLoopback(t *testing.T) {
 			}
 			return
 		case <-time.After(time.Millisecond):
-			if n > 5000 {
+			if time.Since(start) > time.Minute {
 				t.Fatalf("%+v", a.m.Path(b.key))
 			}
 		}
