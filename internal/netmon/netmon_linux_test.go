@@ -42,7 +42,6 @@ func FuzzParseRoutes(f *testing.F) {
 
 const inNamespace = "NETMON_TEST_NAMESPACE"
 
-// TestNamespace changes a network of its own, in a namespace that a second run of the test is in.
 func TestParseRoutes6(t *testing.T) {
 	const zero = "00000000000000000000000000000000"
 	line := func(dst, length, hop, metric, flags, iface string) string {
@@ -71,6 +70,7 @@ func TestParseRoutes6(t *testing.T) {
 	}
 }
 
+// TestNamespace changes a network of its own, in a namespace that a second run of the test is in.
 func TestNamespace(t *testing.T) {
 	if os.Getenv(inNamespace) != "" {
 		testNamespace(t)
@@ -82,7 +82,7 @@ func TestNamespace(t *testing.T) {
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Skip("needs the ip command, to change a network namespace")
 	}
-	cmd := exec.Command(os.Args[0], "-test.run=^TestNamespace$", "-test.v", "-test.timeout=30s")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestNamespace$", "-test.v", "-test.timeout=10m")
 	cmd.Env = append(os.Environ(), inNamespace+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	out, err := cmd.CombinedOutput()
@@ -116,7 +116,7 @@ func testNamespace(t *testing.T) {
 	}
 	await := func(what string, ok func(Change) bool) {
 		t.Helper()
-		timeout := time.After(10 * time.Second)
+		timeout := time.After(time.Minute)
 		for {
 			select {
 			case c := <-changes:

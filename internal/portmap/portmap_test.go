@@ -490,8 +490,14 @@ func TestRealSockets(t *testing.T) {
 		},
 	})
 	defer c.Close()
-	if res, err := c.Probe(t.Context()); err != nil || !res.PMP || res.PCP {
-		t.Errorf("%+v, %v", res, err)
+	for tries := 1; ; tries++ { // a busy machine may need more time than a probe takes
+		res, err := c.Probe(t.Context())
+		if err != nil || res.PCP || !res.PMP && tries == 100 {
+			t.Fatalf("%+v, %v", res, err)
+		}
+		if res.PMP {
+			break
+		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
