@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -64,11 +65,13 @@ func TestNotControl(t *testing.T) {
 		{"server error", page(502, "text/html", "bad gateway"), []string{"502", "bad gateway"}, false},
 		{"garbage", page(200, "", "\x00\x01\x02\xff"), []string{`\x00`}, true},
 		{"endless", func(w http.ResponseWriter, r *http.Request) {
-			for b := bytes.Repeat([]byte("x"), 1<<16); ; {
+			b := bytes.Repeat([]byte("x"), 1<<16)
+			for range 1000 { // the connection holds whatever is not read yet
 				if _, err := w.Write(b); err != nil {
 					return
 				}
 			}
+			<-r.Context().Done()
 		}, []string{"xxx"}, true},
 		{"old key form", page(200, "text/plain", strings.Repeat("0", 64)), []string{"000"}, true},
 		{"no key", page(200, "application/json", "{}"), []string{"no key for the Noise protocol"}, true},
@@ -301,12 +304,19 @@ func TestMapStreamBadInput(t *testing.T) {
 
 // An announced length costs memory only as the bytes come.
 func TestMapStreamMemory(t *testing.T) {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	_, err := newFrames(bytes.NewReader(binary.LittleEndian.AppendUint32(nil, maxFrame))).next()
-	runtime.ReadMemStats(&after)
-	if d := after.TotalAlloc - before.TotalAlloc; d > 1<<20 || err == nil {
-		t.Errorf("allocated %d bytes: %v", d, err)
+	least := uint64(math.MaxUint64)
+	for range 10 { // others may allocate meanwhile
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := newFrames(bytes.NewReader(binary.LittleEndian.AppendUint32(nil, maxFrame))).next()
+		runtime.ReadMemStats(&after)
+		if err == nil {
+			t.Fatal("a frame that has not come")
+		}
+		least = min(least, after.TotalAlloc-before.TotalAlloc)
+	}
+	if least > 1<<20 {
+		t.Errorf("allocated %d bytes", least)
 	}
 }
 

@@ -524,6 +524,7 @@ func TestManyPings(t *testing.T) {
 			t.Errorf("%d dials at a time", n)
 		}
 		time.Sleep(pingTimeout)
+		synctest.Wait() // all have given up
 		close(more)
 		select {
 		case path := <-answered:
