@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -77,7 +78,7 @@ func within[T any](t *testing.T, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-c:
-	case <-time.After(10 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatalf("no %s", what)
 	}
 	return v
@@ -186,13 +187,17 @@ func TestRestartMidTransfer(t *testing.T) {
 		}
 	}()
 	within(t, "packet", hb.packets)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	if err := s.Shutdown(ctx); err != nil {
+	if err := s.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	again := &Server{Dir: dir, Addr: tcp.String(), STUNAddr: udp.String()}
-	start(t, again)
+	t.Cleanup(func() { again.Close() })
+	for err := again.Start(t.Context()); err != nil; err = again.Start(t.Context()) {
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			t.Fatal(err)
+		}
+		runtime.Gosched() // another process has one of the ports for the moment
+	}
 	if again.PublicKey() != s.PublicKey() || again.Node() != s.Node() {
 		t.Error("the relay is another one after its restart")
 	}
@@ -316,7 +321,7 @@ func TestSTUN(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(2 * time.Minute))
 		tx := stun.NewTxID()
 		// What is not a request of a tailnet client gets no answer: the first answer is to the last.
 		bad := stun.AppendRequest(nil, tx)
@@ -472,8 +477,8 @@ func TestListenAndServeEndsWithItsContext(t *testing.T) {
 
 func TestShutdownDuringListenAndServe(t *testing.T) {
 	done := make(chan error, 1)
-	started := make(chan struct{})
-	s := &Server{Addr: "127.0.0.1:0", Admit: func(context.Context, NodeKey, netip.Addr) error { close(started); return nil }}
+	started := make(chan struct{}, 100) // a client that is too slow comes again
+	s := &Server{Addr: "127.0.0.1:0", Admit: func(context.Context, NodeKey, netip.Addr) error { started <- struct{}{}; return nil }}
 	go func() { done <- s.ListenAndServe(t.Context()) }()
 	for tcp, _ := s.Addrs(); tcp == nil; tcp, _ = s.Addrs() {
 		if len(done) > 0 {
