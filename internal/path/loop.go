@@ -282,12 +282,11 @@ func (o *owner) message(now time.Time, a *active, src Source, plain []byte) (fro
 		if err != nil {
 			return a, false
 		}
-		o.freshLimit(a)
-		rtt := a.mc.gotPong(now, way, &m)
+		rtt := o.gotPong(now, a, way, &m)
 		if rtt == 0 && src.Region == 0 {
 			for _, p := range o.siblings(a.disco) { // the ping may have been for another node with that key
 				if b := o.active[p]; b != nil && b != a && b.disco == a.disco {
-					if rtt = b.mc.gotPong(now, way, &m); rtt > 0 {
+					if rtt = o.gotPong(now, b, way, &m); rtt > 0 {
 						a = b
 						break
 					}

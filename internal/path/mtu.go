@@ -2,6 +2,7 @@ package path
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/disco"
@@ -262,9 +263,11 @@ func (o *owner) sizeLimit(a *active) int {
 	return limit
 }
 
-// freshLimit is called before a pong is looked at. What the host has learned since may be why a ping was answered: that it went in fragments.
-func (o *owner) freshLimit(a *active) {
-	if u := &a.mc.size; !u.due.IsZero() && u.to == a.mc.d.best {
-		u.limit = min(u.limit, o.sizeLimit(a))
+// gotPong gives a's machine a pong. What the host has learned since a padded ping may be why that was answered, however late: it went
+// in fragments.
+func (o *owner) gotPong(now time.Time, a *active, from via, m *disco.Pong) time.Duration {
+	if slices.ContainsFunc(a.mc.sent, func(s sentPing) bool { return s.tx == m.TxID && s.size > 0 }) {
+		a.mc.size.limit = min(a.mc.size.limit, o.sizeLimit(a))
 	}
+	return a.mc.gotPong(now, from, m)
 }

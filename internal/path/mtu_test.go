@@ -2,10 +2,12 @@ package path
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/tailnode/tailnode/internal/disco"
+	"github.com/tailnode/tailnode/internal/key"
 )
 
 // sizedPath is a machine with a direct path that carries messages of up to carries bytes, and takes 10 ms.
@@ -200,6 +202,47 @@ func TestHostLearnsOfASmallerLink(t *testing.T) {
 	s.run(bulkEvery+30*time.Millisecond, true)
 	if s.size != 1352 {
 		t.Errorf("size %d", s.size)
+	}
+}
+
+// sizedWire is a wire whose host knows how much leaves it whole.
+type sizedWire struct {
+	wire
+	max int
+}
+
+func (w *sizedWire) MaxPayload(netip.AddrPort) int { return w.max }
+
+// TestLatePongOfFragments: a ping that was answered because the host had learned to send it in fragments says nothing, however late
+// the answer comes.
+func TestLatePongOfFragments(t *testing.T) {
+	for _, late := range []time.Duration{0, 2 * sizeWait} {
+		me, d, u := key.NewDisco(), key.NewDisco(), &sizedWire{max: 1472}
+		o := newOwner(t, me, u)
+		now := time.Now()
+		p := o.m.UpsertPeer(PeerInfo{Key: key.NewNode().Public(), Disco: d.Public(), HomeRegion: 1, Endpoints: []netip.AddrPort{doubtAddr}})
+		a, sh := o.get(now, p), d.Shared(me.Public())
+		pong := func(s sentPing) {
+			m := disco.Pong{TxID: s.tx, Src: doubtAddr}
+			p.queued.Add(1)
+			o.handle(now, event{kind: evDisco, p: p, src: Source{Addr: doubtAddr}, pkt: disco.Seal(nil, d.Public(), &sh, m.Append(nil))})
+		}
+		a.mc.sending(now, time.Time{})
+		pong(a.mc.sent[0])
+		a.mc.bulk(now, o.sizeLimit(a))
+		o.run(now, a)
+		i := slices.IndexFunc(a.mc.sent, func(s sentPing) bool { return s.size > 1272 && s.size < 1472 })
+		if i < 0 {
+			t.Fatal("no padded ping")
+		}
+		s := a.mc.sent[i]
+		u.max = 1272 // an ICMP message has come
+		now = now.Add(late)
+		a.mc.tick(now)
+		pong(s)
+		if a.mc.size.size != 0 {
+			t.Errorf("after %v: size %d, of which the host sends %d at a time", late, a.mc.size.size, u.max)
+		}
 	}
 }
 
