@@ -41,7 +41,7 @@ func (l *logged) has(s string) bool {
 // TestDiscoKeyOfUpstream: control is away when upstream's node takes another disco key. What it then says through the tunnel is
 // all that we learn of that, and upstream takes what we say.
 func TestDiscoKeyOfUpstream(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 120*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	tn := newTailnet(t)
 	log := new(logged)
