@@ -168,7 +168,7 @@ func childMain(who string) {
 		})
 	}
 	cancel()
-	time.AfterFunc(5*time.Second, func() { os.Exit(3) }) // whatever hangs
+	time.AfterFunc(40*time.Second, func() { os.Exit(3) }) // whatever hangs
 	if c.node != nil {
 		c.node.Close()
 	}
@@ -327,7 +327,7 @@ func (c *child) up(ctx context.Context, a upArgs) (any, error) {
 		return nil, err
 	}
 	c.node = n
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if err := n.Up(ctx); err != nil {
 		return nil, err
@@ -398,7 +398,7 @@ func serve(c net.Conn) {
 }
 
 func (c *child) dial(ctx context.Context, ip string, op byte) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	conn, err := c.node.Dial(ctx, "tcp", net.JoinHostPort(ip, port))
 	if err != nil {
@@ -519,7 +519,7 @@ func (s *stream) wait() (any, error) {
 	select {
 	case <-s.done:
 		return s.res, s.err
-	case <-time.After(60 * time.Second):
+	case <-time.After(2 * time.Minute):
 		s.conn.Close()
 		return nil, errors.New("the transfer does not end")
 	}

@@ -150,7 +150,7 @@ func TestRoaming(t *testing.T) {
 func testFaults(t *testing.T, faults []fault, rounds int) {
 	require(t)
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	l := newLab(ctx, t)
 	pairs := [][2]string{{"ours", "ours"}}

@@ -482,7 +482,7 @@ func flushConntrack(path string) error {
 				return fmt.Errorf("netlink: %w", err)
 			}
 			defer unix.Close(s)
-			unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5})
+			unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 60})
 			const ctDelete = 1<<8 | 2 // NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
 			m := make([]byte, 20)     // nlmsghdr, and nfgenmsg with AF_UNSPEC
 			binary.NativeEndian.PutUint32(m, 20)
@@ -508,7 +508,7 @@ func flushConntrack(path string) error {
 	select {
 	case err := <-done:
 		return err
-	case <-time.After(10 * time.Second):
+	case <-time.After(2 * time.Minute):
 		return errors.New("netlink: no answer")
 	}
 }

@@ -80,6 +80,15 @@ func mtuPair(ctx context.Context, t *testing.T, name string, sender, receiver st
 	if b, err = l.node(ctx, l.newSite(open), receiver, name+"-b"); err != nil {
 		t.Fatal(err)
 	}
+	awaitDirect(ctx, t, a, b)
+	a.site.segmentOff()
+	b.site.segmentOff()
+	return a, b
+}
+
+// awaitDirect waits, with a little traffic, until a reaches b directly; on a busy machine a path may be doubted for a moment.
+func awaitDirect(ctx context.Context, t *testing.T, a, b *proc) {
+	t.Helper()
 	var r probeResult
 	if err := a.call(ctx, "probe", probeArgs{IP: b.up.IP4, Wait: backWithin}, &r); err != nil {
 		t.Fatal(err)
@@ -87,9 +96,6 @@ func mtuPair(ctx context.Context, t *testing.T, name string, sender, receiver st
 	if r.Direct.IsZero() {
 		t.Fatalf("no direct path: %+v", r.Path)
 	}
-	a.site.segmentOff()
-	b.site.segmentOff()
-	return a, b
 }
 
 // TestMTU: packets are as long as the links between two nodes carry, and where these carry not even the base size,
@@ -115,7 +121,7 @@ func TestMTU(t *testing.T) {
 				t.Skip("not with -short")
 			}
 			t.Parallel()
-			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 			defer cancel()
 			a, b := mtuPair(ctx, t, "mtu", tc.sender, tc.receiver)
 			if tc.jumbo {
@@ -125,26 +131,29 @@ func TestMTU(t *testing.T) {
 				b.site.jumbo(tc.mtu)
 			}
 			b.site.countSizes()
-			var r sendResult
-			if err := a.call(ctx, "send", sendArgs{b.up.IP4, 16 << 20}, &r); err != nil {
-				t.Fatal(err)
-			}
-			if !r.Same {
-				t.Errorf("%d bytes arrived, but not those that were sent", r.Bytes)
-			}
-			n := b.site.sizes()
-			t.Logf("%.0f Mbit/s; packets longer than: %v", float64(r.Bytes)*8e-6/r.Took.Seconds(), n)
-			if tc.longer != "" && n[tc.longer] == 0 {
-				t.Errorf("no packet was longer than %s", tc.longer)
+			var n map[string]int
+			for tries := 1; ; tries++ { // a transfer may be over before the padded pings are answered
+				var r sendResult
+				if err := a.call(ctx, "send", sendArgs{b.up.IP4, 16 << 20}, &r); err != nil {
+					t.Fatal(err)
+				}
+				if !r.Same {
+					t.Errorf("%d bytes arrived, but not those that were sent", r.Bytes)
+				}
+				n = b.site.sizes()
+				t.Logf("%.0f Mbit/s; packets longer than: %v", float64(r.Bytes)*8e-6/r.Took.Seconds(), n)
+				if tc.longer == "" || n[tc.longer] > 0 {
+					break
+				}
+				if tries == 20 {
+					t.Fatalf("no packet was longer than %s", tc.longer)
+				}
 			}
 			// A few padded pings, which do not arrive.
 			if tc.notAbove != "" && n[tc.notAbove] > 20 {
 				t.Errorf("%d packets longer than %s", n[tc.notAbove], tc.notAbove)
 			}
-			p, err := a.path(ctx, b)
-			if err != nil || p.Addr == "" {
-				t.Errorf("the path is not direct any more: %+v, %v", p, err)
-			}
+			awaitDirect(ctx, t, a, b)
 		})
 	}
 }
@@ -153,7 +162,7 @@ func TestMTU(t *testing.T) {
 func TestMTUBlackHole(t *testing.T) {
 	require(t)
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	a, b := mtuPair(ctx, t, "hole", "ours", "ours")
 	b.site.countSizes()
@@ -179,10 +188,7 @@ func TestMTUBlackHole(t *testing.T) {
 		longest = max(longest, s.For)
 	}
 	t.Logf("longest stall %v", longest.Round(time.Millisecond))
-	p, err := a.path(ctx, b)
-	if err != nil || p.Addr == "" {
-		t.Errorf("the path is not direct any more: %+v, %v", p, err)
-	}
+	awaitDirect(ctx, t, a, b)
 }
 
 // within waits until f is true.

@@ -71,7 +71,7 @@ type result struct {
 // TestPairs is the table: every kind of network with every other, our node with ours, and with upstream's both ways.
 func TestPairs(t *testing.T) {
 	require(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	l := newLab(ctx, t)
 	ks := kinds

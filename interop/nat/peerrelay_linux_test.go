@@ -21,7 +21,7 @@ const (
 // TestPeerRelays: pairs without a direct path meet on a peer relay, whoever is which of the three.
 func TestPeerRelays(t *testing.T) {
 	require(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	l := newLab(ctx, t)
 	type group struct {
@@ -99,14 +99,14 @@ func meetAt(ctx context.Context, t *testing.T, a, b *proc, at string) error {
 		if !sent.Same {
 			return fmt.Errorf("%d bytes arrived of %d, or not the same", sent.Bytes, relaySize)
 		}
-		p, err := x[0].path(ctx, x[1])
-		if err != nil {
+		var r probeResult
+		if err := x[0].call(ctx, "await", probeArgs{IP: x[1].up.IP4, Wait: relayWithin, PeerRelay: true}, &r); err != nil {
 			return err
 		}
-		if !strings.HasPrefix(p.PeerRelay, at) {
-			return fmt.Errorf("after the transfer the path is %+v", p)
+		if !strings.HasPrefix(r.Path.PeerRelay, at) {
+			return fmt.Errorf("after the transfer the path is %+v", r.Path)
 		}
-		t.Logf("%s to %s: %.0f Mbit/s by %s", x[0].name, x[1].name, relaySize*8/sent.Took.Seconds()/1e6, p.PeerRelay)
+		t.Logf("%s to %s: %.0f Mbit/s by %s", x[0].name, x[1].name, relaySize*8/sent.Took.Seconds()/1e6, r.Path.PeerRelay)
 	}
 	t.Logf("on it after %v, back after %v", there.Direct.Sub(there.Began).Round(time.Millisecond), back.Direct.Sub(there.Began).Round(time.Millisecond))
 	return nil

@@ -67,7 +67,7 @@ func (c *child) servePCP() error {
 // TestPinhole: behind a router that filters IPv6, our node asks its link-local address for a hole to its own socket, and gives it back.
 func TestPinhole(t *testing.T) {
 	require(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	l := newLab(ctx, t)
 	s := l.newSite(kind{name: "v6fw", v6: true, fw: true})

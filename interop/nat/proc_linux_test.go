@@ -90,7 +90,7 @@ func (p *proc) signal(s os.Signal) { p.cmd.Process.Signal(s) }
 // close ends the child: it leaves by itself when its input ends, and is killed if it does not.
 func (p *proc) close() {
 	p.in.Close()
-	kill := time.AfterFunc(8*time.Second, func() { p.cmd.Process.Kill() })
+	kill := time.AfterFunc(time.Minute, func() { p.cmd.Process.Kill() })
 	defer kill.Stop()
 	<-p.done
 	p.cmd.Wait()

@@ -68,7 +68,7 @@ var scenarios = []struct {
 // TestSites: nodes in one network, behind one carrier, with a static mapping, or with a proxy.
 func TestSites(t *testing.T) {
 	require(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	l := newLab(ctx, t)
 	if err := l.coord.call(ctx, "proxy", fmt.Sprintf(":%d", proxyPort), nil); err != nil {
