@@ -73,7 +73,7 @@ func talk(t *testing.T, a, b conn) {
 func TestChannel(t *testing.T) {
 	ourMachine, upMachine := machine(t, [32]byte{1, 2, 3})
 	ourControl, upControl := machine(t, [32]byte{4, 5, 6})
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	t.Run("our client", func(t *testing.T) {
 		a, b := net.Pipe()
@@ -215,7 +215,7 @@ func next[T any](t *testing.T, c chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(15 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("nothing came")
 		panic("unreachable")
 	}
@@ -297,7 +297,7 @@ func TestC2NEcho(t *testing.T) {
 	if err := up.UnmarshalText([]byte(n.key.Public().String())); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	if err := s.AwaitNodeInMapRequest(ctx, up); err != nil {
 		t.Fatal(err)

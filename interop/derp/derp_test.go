@@ -46,7 +46,7 @@ func within[T any](tb testing.TB, what string, c <-chan T) (v T) {
 	tb.Helper()
 	select {
 	case v = <-c:
-	case <-time.After(10 * time.Second):
+	case <-time.After(2 * time.Minute):
 		tb.Fatalf("no %s", what)
 	}
 	return v
@@ -184,7 +184,7 @@ func upstreamPeer(tb testing.TB, region *tailcfg.DERPRegion, keep bool) *peer {
 	}
 	up := upstreamRegion(region)
 	c := derphttp.NewRegionClient(k, func(string, ...any) {}, netmon.NewStatic(), func() *upcfg.DERPRegion { return up })
-	ctx, cancel := context.WithTimeout(tb.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(tb.Context(), 2*time.Minute)
 	defer cancel()
 	if err := c.Connect(ctx); err != nil {
 		tb.Fatal(err)
@@ -322,7 +322,7 @@ func TestSTUNBothWays(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pc.Close()
-	pc.SetDeadline(time.Now().Add(10 * time.Second))
+	pc.SetDeadline(time.Now().Add(2 * time.Minute))
 	self := pc.LocalAddr().(*net.UDPAddr).AddrPort()
 	buf := make([]byte, 1500)
 	ask := func(req []byte, to net.Addr) []byte {

@@ -24,7 +24,7 @@ func TestUpstreamControl(t *testing.T) {
 		relay harness.NodeMaker
 	}{{"our relay", harness.OurNode}, {"upstream's relay", harness.UpstreamNode}} {
 		t.Run(tt.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 			defer cancel()
 			derp, err := harness.OurRelay(nil)
 			if err != nil {
