@@ -255,7 +255,7 @@ func (rs *Regions) Rebind() {
 	for _, r := range *rs.byID.Load() {
 		r.fails, r.notBy = 0, time.Time{}
 		if r.conn != nil {
-			r.conn.shut(errors.New("derp/client: network changed"))
+			r.conn.shut(errRebound)
 		}
 		r.poke()
 	}
@@ -519,7 +519,7 @@ func (rs *Regions) down(r *region, c *Conn, err error) {
 	switch {
 	case told:
 		r.notBy, r.tryUntil = now.Add(restarting.in), now.Add(restarting.in+restarting.tryFor)
-	case !wantedDown:
+	case !wantedDown && !errors.Is(err, errRebound):
 		r.fails++
 		r.backoffLocked()
 	}
@@ -533,8 +533,9 @@ func (rs *Regions) down(r *region, c *Conn, err error) {
 }
 
 var (
-	errIdle  = errors.New("derp/client: idle")
-	errFirst = errors.New("derp/client: the region's first relay is back")
+	errIdle    = errors.New("derp/client: idle")
+	errFirst   = errors.New("derp/client: the region's first relay is back")
+	errRebound = errors.New("derp/client: network changed")
 )
 
 // watchFirst tries the region's relays that come before the one of c again and again, for as long as c is the home's: peers
