@@ -813,7 +813,7 @@ func FuzzClientRecv(f *testing.F) {
 	f.Add(true, derp.AppendPeerGone(nil, k.Public(), 1))
 	f.Add(true, derp.AppendRestarting(nil, time.Hour, time.Hour))
 	f.Add(true, derp.AppendPing(nil, derp.Ping, [8]byte{}))
-	f.Add(true, derp.AppendHeader(nil, derp.RecvPacket, 1<<31))
+	f.Add(true, derp.AppendHeader(nil, derp.RecvPacket, 1<<31-1))
 	f.Add(true, derp.AppendFrame(nil, derp.ServerInfoT, make([]byte, 50)))
 	f.Add(false, []byte("HTTP/1.1 101 x\r\n\r\n"))
 	f.Add(false, []byte("HTTP/1.1 500 x\r\n\r\n"))

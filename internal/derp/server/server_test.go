@@ -446,7 +446,7 @@ func TestViolations(t *testing.T) {
 	for name, frame := range map[string][]byte{
 		"short send":         derp.AppendFrame(nil, derp.SendPacket, make([]byte, 31)),
 		"long send":          derp.AppendFrame(nil, derp.SendPacket, make([]byte, 32+derp.MaxPacket+1)),
-		"endless send":       derp.AppendHeader(nil, derp.SendPacket, 1<<31),
+		"endless send":       derp.AppendHeader(nil, derp.SendPacket, 1<<31-1),
 		"short ping":         derp.AppendFrame(nil, derp.Ping, make([]byte, 7)),
 		"long ping":          derp.AppendFrame(nil, derp.Ping, make([]byte, 1001)),
 		"long note":          derp.AppendFrame(nil, derp.NotePreferred, make([]byte, 2)),
@@ -669,7 +669,7 @@ func FuzzServerConn(f *testing.F) {
 	priv := key.PrivateFromRaw[key.Node]([32]byte{1})
 	f.Add(true, derp.AppendPacket(nil, derp.SendPacket, priv.Public(), []byte("self")))
 	f.Add(true, derp.AppendPing(nil, derp.Ping, [8]byte{}))
-	f.Add(true, derp.AppendHeader(nil, derp.SendPacket, 1<<31))
+	f.Add(true, derp.AppendHeader(nil, derp.SendPacket, 1<<31-1))
 	f.Add(true, append(derp.AppendNotePreferred(nil, true), derp.AppendFrame(nil, 0x50, make([]byte, 1000))...))
 	f.Add(false, derp.AppendFrame(nil, derp.ClientInfoT, make([]byte, 80)))
 	f.Add(false, []byte("GET / HTTP/1.1\r\n\r\n"))
