@@ -20,13 +20,13 @@ const (
 	maxPings    = 8       // at a time; each may be a connection to wherever the server says
 )
 
-// ping answers a PingRequest on a goroutine of its own, or not at all where too many are being answered.
-func (s *Session) ping(p *tailcfg.PingRequest) {
+// ping answers a PingRequest on a goroutine of its own, or reports false where too many are being answered.
+func (s *Session) ping(p *tailcfg.PingRequest) bool {
 	select {
 	case s.pings <- struct{}{}:
 	default:
 		s.log.Debug("control: too many pings at a time", "types", p.Types)
-		return
+		return false
 	}
 	s.helper.Go(func() {
 		defer func() { <-s.pings }()
@@ -36,6 +36,7 @@ func (s *Session) ping(p *tailcfg.PingRequest) {
 			s.log.Debug("control: answering a ping", "types", p.Types, "err", err)
 		}
 	})
+	return true
 }
 
 // AnswerPing does what a PingRequest asks: with no Types it fetches the URL by HEAD, with

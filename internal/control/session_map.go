@@ -105,9 +105,8 @@ func (s *Session) aside(ctx context.Context, m *tailcfg.MapResponse) error {
 	if m.ControlDialPlan != nil {
 		s.client.SetDialPlan(m.ControlDialPlan)
 	}
-	if p := m.PingRequest; p != nil && p.URL != "" && p.URL != s.lastPing {
+	if p := m.PingRequest; p != nil && p.URL != "" && p.URL != s.lastPing && s.ping(p) {
 		s.lastPing = p.URL
-		s.ping(p)
 	}
 	if m.Debug != nil && m.Debug.SleepSeconds > 0 {
 		t := time.NewTimer(seconds(m.Debug.SleepSeconds, 0, maxSleep))

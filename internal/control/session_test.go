@@ -513,8 +513,10 @@ func TestManyPings(t *testing.T) {
 			for i := range 100 {
 				s.send(&tailcfg.MapResponse{PingRequest: &tailcfg.PingRequest{URL: fmt.Sprintf("http://192.0.2.1:81/%d", i)}})
 			}
+			later := &tailcfg.MapResponse{PingRequest: &tailcfg.PingRequest{URL: "http://control.test/later", URLIsNoise: true}}
+			s.send(later)
 			<-more
-			s.send(&tailcfg.MapResponse{PingRequest: &tailcfg.PingRequest{URL: "http://control.test/later", URLIsNoise: true}})
+			s.send(later)
 			<-s.ctx.Done()
 		}
 		dial, most := hanging(func(host string) bool { return host == "192.0.2.1" }, f)
