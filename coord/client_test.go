@@ -254,6 +254,9 @@ func readBody(r io.Reader, compress bool) ([]byte, error) {
 	return b, nil
 }
 
+// patience is how long a test waits for what must come.
+const patience = time.Minute
+
 // next takes in one message.
 func (x *session) next() {
 	x.p.t.Helper()
@@ -263,7 +266,7 @@ func (x *session) next() {
 			x.p.t.Fatal("the map stream ended")
 		}
 		x.apply(m)
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		x.p.t.Fatal("nothing came on the map stream")
 	}
 }
@@ -271,7 +274,7 @@ func (x *session) next() {
 // until takes in messages until ok, and fails the test if that does not come.
 func (x *session) until(what string, ok func() bool) {
 	x.p.t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(patience)
 	for !ok() {
 		select {
 		case m, open := <-x.msgs:
@@ -288,7 +291,7 @@ func (x *session) until(what string, ok func() bool) {
 // ended takes in messages until the stream ends.
 func (x *session) ended() {
 	x.p.t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(patience)
 	for {
 		select {
 		case m, open := <-x.msgs:

@@ -356,7 +356,7 @@ func TestChannelsAreCounted(t *testing.T) {
 	p.s.net.srv.Key = key.NewMachine()
 	p.registerRaw(tailcfg.RegisterRequest{}) // a handshake that fails
 	must(t, s.Close())
-	tick, limit := time.NewTicker(time.Millisecond), time.After(10*time.Second)
+	tick, limit := time.NewTicker(time.Millisecond), time.After(patience)
 	defer tick.Stop()
 	for s.noise.Open() != 0 { // net/http gives no event for the end of its goroutines
 		select {
