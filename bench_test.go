@@ -3,7 +3,6 @@ package tailnode_test
 import (
 	"io"
 	"testing"
-	"time"
 
 	"github.com/tailnode/tailnode"
 )
@@ -41,7 +40,7 @@ func BenchmarkTCP(b *testing.B) {
 		c.Close()
 		done <- n
 	}()
-	c, err := from.Dial(withTimeout(b, 20*time.Second), "tcp", "to:80")
+	c, err := from.Dial(withTimeout(b, patience), "tcp", "to:80")
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/tailnode/tailnode"
 	"github.com/tailnode/tailnode/coord"
@@ -43,16 +42,14 @@ func TestEnvironment(t *testing.T) {
 			t.Setenv("TS_CONTROL_URL", c.envURL)
 			s := &tailnode.Server{Hostname: "env", Store: tailnode.NewMemoryStore(), AuthKey: c.field, ControlURL: c.url}
 			defer s.Close()
-			wait := 20 * time.Second
 			if c.unreachable {
-				wait = 200 * time.Millisecond
+				wantCode(t, upFails(t, s), tailnode.CodeTimeout, "127.0.0.1:1")
+				return
 			}
-			_, err := s.Up(withTimeout(t, wait))
+			_, err := s.Up(withTimeout(t, patience))
 			switch {
 			case c.refused:
 				wantCode(t, err, tailnode.CodeAuthRefused)
-			case c.unreachable:
-				wantCode(t, err, tailnode.CodeTimeout, "127.0.0.1:1")
 			case err != nil:
 				t.Error(err)
 			}
@@ -71,7 +68,7 @@ func TestDefaults(t *testing.T) {
 	t.Setenv("TS_CONTROL_URL", tn.coord.BaseURL())
 	s := &tailnode.Server{}
 	defer s.Close()
-	st, err := s.Up(withTimeout(t, 20*time.Second))
+	st, err := s.Up(withTimeout(t, patience))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +140,7 @@ func TestStoreErrors(t *testing.T) {
 func TestFirstUseIsConcurrent(t *testing.T) {
 	tn := newTailnet(t)
 	s := tn.server("busy")
-	ctx := withTimeout(t, 20*time.Second)
+	ctx := withTimeout(t, patience)
 	calls := []func() error{
 		s.Start,
 		func() error { _, err := s.Up(ctx); return err },
@@ -210,7 +207,7 @@ func TestDNS(t *testing.T) {
 		r := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return a.Dial(ctx, network, at)
 		}}
-		ips, err := r.LookupNetIP(withTimeout(t, 10*time.Second), "ip", "beta."+coord.DefaultDomain+".")
+		ips, err := r.LookupNetIP(withTimeout(t, patience), "ip", "beta."+coord.DefaultDomain+".")
 		if err != nil {
 			t.Errorf("%s: %v", at, err)
 		}
@@ -224,7 +221,7 @@ func TestDNS(t *testing.T) {
 			}
 		}
 	}
-	_, err := a.Dial(withTimeout(t, time.Second), "tcp", "100.100.100.100:80")
+	_, err := a.Dial(withTimeout(t, patience), "tcp", "100.100.100.100:80")
 	wantCode(t, err, tailnode.CodeNotTailnet)
 }
 
@@ -236,13 +233,13 @@ func TestControlPings(t *testing.T) {
 	ip4, ip6 := b.TailscaleIPs()
 	for _, kind := range []string{"", "disco", "TSMP", "ICMP"} {
 		for _, ip := range []netip.Addr{ip4, ip6} {
-			r, err := tn.coord.Ping(withTimeout(t, 10*time.Second), idA, kind, ip)
+			r, err := tn.coord.Ping(withTimeout(t, patience), idA, kind, ip)
 			if err != nil || r.Err != "" || r.RTT <= 0 || kind != "" && (r.NodeName != "beta" || r.Type != kind) {
 				t.Errorf("kind %q of %v: %+v, %v", kind, ip, r, err)
 			}
 		}
 	}
-	r, err := tn.coord.Ping(withTimeout(t, 30*time.Second), idA, "TSMP", netip.MustParseAddr("192.0.2.1"))
+	r, err := tn.coord.Ping(withTimeout(t, patience), idA, "TSMP", netip.MustParseAddr("192.0.2.1"))
 	if err != nil || r.Err == "" {
 		t.Errorf("a ping of nobody: %+v, %v; want an error from the node", r, err)
 	}
@@ -269,7 +266,7 @@ func TestTaggedNode(t *testing.T) {
 	}
 	a, b := tn.server("alpha"), tn.up("beta")
 	a.AuthKey, a.AdvertiseTags = k, []string{"tag:web"}
-	if _, err := a.Up(withTimeout(t, 20*time.Second)); err != nil {
+	if _, err := a.Up(withTimeout(t, patience)); err != nil {
 		t.Fatal(err)
 	}
 	ip4, _ := a.TailscaleIPs()
@@ -289,7 +286,7 @@ func knows(t *testing.T, s *tailnode.Server, ip netip.Addr) *tailnode.LocalClien
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := lc.Ping(withTimeout(t, 10*time.Second), ip, tailnode.PingTSMP); err != nil {
+	if _, err := lc.Ping(withTimeout(t, patience), ip, tailnode.PingTSMP); err != nil {
 		t.Fatal(err)
 	}
 	return lc
@@ -315,14 +312,14 @@ func TestLogsHoldNoSecrets(t *testing.T) {
 	}
 	st := &spyStore{Store: tailnode.NewMemoryStore()}
 	s.Store = st
-	if _, err := s.Up(withTimeout(t, 20*time.Second)); err != nil {
+	if _, err := s.Up(withTimeout(t, patience)); err != nil {
 		t.Fatal(err)
 	}
 	if err := tn.coord.ExpireNode("talker"); err != nil {
 		t.Fatal(err)
 	}
 	for st.count() < 2 { // it logs in again by its auth key, with a new node key
-		if _, err := s.Up(withTimeout(t, 20*time.Second)); err != nil {
+		if _, err := s.Up(withTimeout(t, patience)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -16,8 +16,6 @@ import (
 // visitor returns a server that joins by somebody's visit to a URL, and what it shows its user.
 func (tn *tailnet) visitor(t *testing.T, name string) (*tailnode.Server, <-chan string) {
 	t.Helper()
-	t.Setenv("TS_AUTHKEY", "")
-	t.Setenv("TS_AUTH_KEY", "")
 	s := tn.server(name)
 	s.AuthKey = ""
 	lines := make(chan string, 10)
@@ -49,7 +47,7 @@ func TestExpiryOfAVisitor(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tn := newTailnet(t)
-			ctx := withTimeout(t, 30*time.Second)
+			ctx := withTimeout(t, patience)
 			s, lines := tn.visitor(t, "visitor")
 			if err := s.Start(); err != nil {
 				t.Fatal(err)
@@ -80,7 +78,7 @@ func TestExpiryOfAVisitor(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer func() { c.Close(); <-echoed }()
-			c.SetDeadline(time.Now().Add(30 * time.Second))
+			c.SetDeadline(time.Now().Add(patience))
 			say := func(word string) {
 				t.Helper()
 				b := make([]byte, len(word))
@@ -133,7 +131,7 @@ func TestExpiryOfAVisitor(t *testing.T) {
 // so the node asks for another instead of giving up.
 func TestRejectedLogin(t *testing.T) {
 	tn := newTailnet(t)
-	ctx := withTimeout(t, 20*time.Second)
+	ctx := withTimeout(t, patience)
 	s, lines := tn.visitor(t, "visitor")
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
@@ -166,23 +164,21 @@ func TestMachineApproval(t *testing.T) {
 	}
 	t.Cleanup(func() { tn.coord.Close() })
 	s := tn.server("newcomer")
-	ctx := withTimeout(t, 20*time.Second)
+	ctx := withTimeout(t, patience)
 	lc, err := s.LocalClient()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for {
+	until(t, lc, "the node needs approval", func() bool {
 		st, err := lc.StatusWithoutPeers(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if st.BackendState == "NeedsMachineAuth" {
-			break
-		}
 		if st.BackendState == "Running" {
 			t.Fatal("running without approval")
 		}
-	}
+		return st.BackendState == "NeedsMachineAuth"
+	})
 	_, err = s.Up(withTimeout(t, 50*time.Millisecond))
 	wantCode(t, err, tailnode.CodeTimeout, "approve")
 	if err := tn.coord.ApproveNode("newcomer"); err != nil {

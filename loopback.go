@@ -62,9 +62,13 @@ const loopbackConns = 1024
 
 func (l *loopback) serve(s *Server) error {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
+	if err == nil {
+		l.serveOn(ln, s)
 	}
+	return err
+}
+
+func (l *loopback) serveOn(ln net.Listener, s *Server) {
 	l.ln = ln
 	l.proxyCred, l.localCred = credential(), credential()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -104,7 +108,6 @@ func (l *loopback) serve(s *Server) error {
 			})
 		}
 	})
-	return nil
 }
 
 // httpServer returns a server on which those without a credential, too, keep a connection for a short time only.

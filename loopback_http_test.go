@@ -49,6 +49,39 @@ func TestLoopbackHTTPTimeouts(t *testing.T) {
 	}
 }
 
+// TestLoopbackCloseIsNow has clients that say nothing, or no more, while it is closed.
+func TestLoopbackCloseIsNow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l loopback
+		conns := make(chan net.Conn)
+		ln := &pipes{handOver{conns: conns, addr: &net.TCPAddr{}}, make(chan struct{})}
+		ln.handOver.done = ln.closed
+		l.serveOn(ln, &Server{})
+		for _, said := range []string{"", "\x05", "GET / HTTP/1.1\r\n"} {
+			client, server := net.Pipe()
+			defer client.Close()
+			conns <- server
+			if said != "" {
+				go io.WriteString(client, said)
+			}
+		}
+		synctest.Wait()
+		began := time.Now()
+		l.close()
+		if d := time.Since(began); d != 0 {
+			t.Errorf("it took %v", d)
+		}
+	})
+}
+
+// pipes is a listener of connections in memory.
+type pipes struct {
+	handOver
+	closed chan struct{}
+}
+
+func (p *pipes) Close() error { close(p.closed); return nil }
+
 // TestLoopbackLongRequest has a request of somebody with the credential take longer than ReadTimeout.
 func TestLoopbackLongRequest(t *testing.T) {
 	s := &Server{Hostname: "lost", Store: NewMemoryStore(), ControlURL: "http://127.0.0.1:1"}

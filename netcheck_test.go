@@ -2,6 +2,7 @@ package tailnode_test
 
 import (
 	"encoding/json"
+	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -17,8 +18,8 @@ func TestNetcheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx := withTimeout(t, 60*time.Second)
-	raw, err := lc.Netcheck(ctx, tailnode.NetcheckOptions{NoPortMap: true})
+	ctx := withTimeout(t, patience)
+	raw, err := lc.Netcheck(ctx, tailnode.NetcheckOptions{Timeout: patience / 2, NoPortMap: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,24 +41,15 @@ func TestNetcheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for {
-		st, err := other.Status(ctx)
+	until(t, other, "beta knows alpha's address "+r.GlobalV4, func() bool {
+		st, err := other.Status(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		var addrs []string
-		for _, p := range st.Peer {
-			addrs = append(addrs, p.Addrs...)
-		}
-		if slices.Contains(addrs, r.GlobalV4) {
-			break
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			t.Fatalf("%s is none of %q", r.GlobalV4, addrs)
-		}
-	}
+		return slices.ContainsFunc(slices.Collect(maps.Values(st.Peer)), func(p *tailnode.PeerStatus) bool {
+			return slices.Contains(p.Addrs, r.GlobalV4)
+		})
+	})
 	a.Close()
 	if _, err := lc.Netcheck(ctx, tailnode.NetcheckOptions{}); err == nil {
 		t.Error("a check of a closed server")

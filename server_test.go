@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,7 +20,12 @@ import (
 	"github.com/tailnode/tailnode/relay"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	for _, name := range []string{"TS_AUTHKEY", "TS_AUTH_KEY", "TS_CONTROL_URL"} {
+		os.Unsetenv(name)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // tailnet is a coordination server and a relay on loopback.
 type tailnet struct {
@@ -77,7 +84,7 @@ func (tn *tailnet) server(name string) *tailnode.Server {
 func (tn *tailnet) up(name string) *tailnode.Server {
 	tn.t.Helper()
 	s := tn.server(name)
-	if _, err := s.Up(withTimeout(tn.t, 20*time.Second)); err != nil {
+	if _, err := s.Up(withTimeout(tn.t, patience)); err != nil {
 		tn.t.Fatal(err)
 	}
 	return s
@@ -86,7 +93,7 @@ func (tn *tailnet) up(name string) *tailnode.Server {
 // until waits for ok, which it asks again at every change of the node's state or netmap.
 func until(t *testing.T, lc *tailnode.LocalClient, what string, ok func() bool) {
 	t.Helper()
-	ctx := withTimeout(t, 30*time.Second)
+	ctx := withTimeout(t, patience)
 	for {
 		changed, err := lc.Changed()
 		if err != nil {
@@ -103,10 +110,24 @@ func until(t *testing.T, lc *tailnode.LocalClient, what string, ok func() bool) 
 	}
 }
 
+// patience is how long a test waits for what must come.
+const patience = time.Minute
+
 func withTimeout(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// upFails calls Up until control has been tried, and returns the error of that.
+func upFails(t *testing.T, s *tailnode.Server) error {
+	t.Helper()
+	for ctx := withTimeout(t, patience); ; {
+		_, err := s.Up(withTimeout(t, 50*time.Millisecond))
+		if err == nil || !strings.Contains(err.Error(), "before control answered") || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 func TestTCPBothWays(t *testing.T) {
@@ -131,7 +152,7 @@ func TestTCPBothWays(t *testing.T) {
 				defer c.Close()
 				io.Copy(c, c)
 			}()
-			c, err := way.from.Dial(withTimeout(t, 20*time.Second), "tcp", net.JoinHostPort(way.host, "7"))
+			c, err := way.from.Dial(withTimeout(t, patience), "tcp", net.JoinHostPort(way.host, "7"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -171,7 +192,7 @@ func TestPing(t *testing.T) {
 	}
 	for _, typ := range []tailnode.PingType{tailnode.PingDisco, tailnode.PingTSMP, tailnode.PingICMP} {
 		for _, ip := range []netip.Addr{ip4, ip6} {
-			r, err := lc.Ping(withTimeout(t, 10*time.Second), ip, typ)
+			r, err := lc.Ping(withTimeout(t, patience), ip, typ)
 			if err != nil {
 				t.Errorf("%s %v: %v", typ, ip, err)
 				continue
