@@ -57,8 +57,10 @@ type loopback struct {
 	closed               bool
 }
 
-// loopbackConns bounds the connections at a time.
-const loopbackConns = 1024
+const (
+	loopbackConns = 1024 // at a time
+	acceptRetry   = 100 * time.Millisecond
+)
 
 func (l *loopback) serve(s *Server) error {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -81,8 +83,13 @@ func (l *loopback) serveOn(ln net.Listener, s *Server) {
 		slots := make(chan struct{}, loopbackConns)
 		for {
 			c, err := ln.Accept()
-			if err != nil {
-				return
+			if err != nil { // closed, or there is no descriptor left for the moment
+				select {
+				case <-ctx.Done():
+					return
+				case <-time.After(acceptRetry):
+					continue
+				}
 			}
 			select {
 			case slots <- struct{}{}:

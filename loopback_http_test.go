@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -49,7 +50,7 @@ func TestLoopbackHTTPTimeouts(t *testing.T) {
 	}
 }
 
-// TestLoopbackCloseIsNow has clients that say nothing, or no more, while it is closed.
+// TestLoopbackCloseIsNow has clients that say nothing, or no more, while it is closed. They came after one that could not be accepted.
 func TestLoopbackCloseIsNow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l loopback
@@ -57,6 +58,7 @@ func TestLoopbackCloseIsNow(t *testing.T) {
 		ln := &pipes{handOver{conns: conns, addr: &net.TCPAddr{}}, make(chan struct{})}
 		ln.handOver.done = ln.closed
 		l.serveOn(ln, &Server{})
+		conns <- nil
 		for _, said := range []string{"", "\x05", "GET / HTTP/1.1\r\n"} {
 			client, server := net.Pipe()
 			defer client.Close()
@@ -74,10 +76,18 @@ func TestLoopbackCloseIsNow(t *testing.T) {
 	})
 }
 
-// pipes is a listener of connections in memory.
+// pipes is a listener of connections in memory; nil stands for one that finds no descriptor.
 type pipes struct {
 	handOver
 	closed chan struct{}
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	c, err := p.handOver.Accept()
+	if c == nil && err == nil {
+		err = syscall.EMFILE
+	}
+	return c, err
 }
 
 func (p *pipes) Close() error { close(p.closed); return nil }
