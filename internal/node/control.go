@@ -42,7 +42,7 @@ func (h *handler) AuthURL(url string) {
 		fresh = url != "" && url != s.AuthURL
 		s.AuthURL = url
 		if url != "" {
-			s.State = NeedsLogin // now, for who is shown the URL may look at the state
+			s.State, s.Err = NeedsLogin, nil // now, for who is shown the URL may look at the state
 		}
 	})
 	if fresh {

@@ -339,7 +339,7 @@ func TestStoreFails(t *testing.T) {
 		}()
 		select {
 		case <-done:
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatal("the log waits for itself")
 		}
 		if a.asked.Load() == 0 {
@@ -443,6 +443,18 @@ func TestURLs(t *testing.T) {
 			}
 		})
 	})
+}
+
+// TestURLIsWhatIsMissing: a call that ends when a URL is shown says so, and not what had gone wrong before.
+func TestURLIsWhatIsMissing(t *testing.T) {
+	_, h := lonely(t)
+	h.State(control.Disconnected, control.ErrKeyExpired)
+	h.AuthURL("https://control.test/login")
+	ctx, cancel := context.WithTimeout(t.Context(), 0)
+	defer cancel()
+	if _, err := (*Node)(h).AwaitRunning(ctx); errcode.Of(err) != errcode.Timeout || !strings.Contains(err.Error(), "https://control.test/login") {
+		t.Error(err)
+	}
 }
 
 func TestBadConfig(t *testing.T) {
