@@ -15,7 +15,7 @@ func testReport(t *testing.T) *report {
 	p := plans[1]
 	p.patience = 0
 	o, u, l := &side{name: ours}, &side{name: upstream}, &side{name: leanest, lean: true}
-	m := &measure{"start", "", eachSide, [2]int{2, 2}, secs(5, 5), func(r *round) error {
+	m := &measure{"start", "", eachSide, [2]int{2, 2}, secs(60, 60), func(r *round) error {
 		v := 1.0
 		if r.side == u {
 			v = 4
@@ -36,7 +36,7 @@ func testReport(t *testing.T) *report {
 		return nil
 	}}
 	rep.measureAll(hang, &p, []*side{o}, 0)
-	rep.measureAll(&measure{"delta", "", together, [2]int{1, 1}, secs(5, 5), func(*round) error { panic("oh") }}, &p, []*side{o}, 0)
+	rep.measureAll(&measure{"delta", "", together, [2]int{1, 1}, secs(60, 60), func(*round) error { panic("oh") }}, &p, []*side{o}, 0)
 	return rep
 }
 

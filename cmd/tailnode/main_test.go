@@ -26,7 +26,15 @@ import (
 	"github.com/tailnode/tailnode/relay"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	for _, name := range []string{"TS_AUTHKEY", "TS_AUTH_KEY", "TS_CONTROL_URL"} {
+		os.Unsetenv(name)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// patience is how long a test waits for what must come.
+const patience = time.Minute
 
 // output is what a command prints, readable while it runs.
 type output struct {
@@ -54,7 +62,7 @@ func (o *output) String() string {
 // await blocks until the output holds s, and returns all of it.
 func (o *output) await(t *testing.T, s string) string {
 	t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(patience)
 	for {
 		o.mu.Lock()
 		all, more := o.buf.String(), o.more
@@ -130,11 +138,11 @@ func TestStay(t *testing.T) {
 	if code != 0 || !strings.Contains(got, "Hello, visitor") {
 		t.Errorf("nc: exit code %d, %q, %q", code, got, errs)
 	}
-	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "-c", "2", "--until-direct=false", "web")
+	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "-c", "2", "--wait", patience.String(), "--until-direct=false", "web")
 	if code != 0 || strings.Count(got, "reply from web (100.64.") != 2 {
 		t.Errorf("ping: exit code %d, %q, %q", code, got, errs)
 	}
-	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "web")
+	code, got, errs = command(t, "", "ping", "--ephemeral", "--dir", dir, "--wait", patience.String(), "web")
 	if code != 0 || !strings.HasSuffix(got, "\n") || !strings.Contains(got[strings.LastIndex(got[:len(got)-1], "\n")+1:], "directly from") {
 		t.Errorf("ping until direct: exit code %d, %q, %q", code, got, errs)
 	}
@@ -174,6 +182,15 @@ func TestUp(t *testing.T) {
 	outB, _ := background(t, "up", "--dir", dirs[1], "--hostname", "beta")
 	outA.await(t, "Ctrl-C")
 	outB.await(t, "Ctrl-C")
+	for end := time.Now().Add(patience); ; { // alpha hears of beta a moment after that is up
+		_, out, errs := command(t, "", "status", "--dir", dirs[0])
+		if strings.Contains(out, "beta") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("alpha does not hear of beta: %s%s", out, errs)
+		}
+	}
 
 	code, out, errs := command(t, "", "status", "--dir", dirs[0], "--json")
 	var st tailnode.Status
@@ -185,7 +202,7 @@ func TestUp(t *testing.T) {
 		t.Errorf("status: exit code %d: %s%s", code, out, errs)
 	}
 	for _, typ := range []string{"disco", "TSMP", "ICMP"} {
-		code, out, errs = command(t, "", "ping", "--dir", dirs[0], "--type", typ, "-c", "1", "beta")
+		code, out, errs = command(t, "", "ping", "--dir", dirs[0], "--type", typ, "-c", "1", "--wait", patience.String(), "beta")
 		if code != 0 || !strings.Contains(out, "reply from beta") {
 			t.Errorf("ping %s: exit code %d: %s%s", typ, code, out, errs)
 		}
@@ -242,7 +259,7 @@ func TestServe(t *testing.T) {
 		"http://folder/link":      "!secret",
 		"http://port/":            "hello from a port",
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		body, err := get(ctx, hc, url)
 		cancel()
 		if no, ok := strings.CutPrefix(want, "!"); ok {
@@ -270,7 +287,6 @@ func TestControl(t *testing.T) {
 	if code != 0 {
 		t.Fatalf("auth-key: exit code %d: %s", code, errs)
 	}
-	t.Setenv("TS_AUTHKEY", "")
 	node, stopNode := background(t, "up", "--dir", filepath.Join(dir, "n"), "--control-url", url, "--auth-key", strings.TrimSpace(key), "--hostname", "web")
 	node.await(t, "Ctrl-C")
 	code, list, errs := command(t, "", "control", "--dir", dir, "nodes") // the flag may stand before the command too
@@ -375,7 +391,7 @@ func TestWaits(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for deadline := time.After(30 * time.Second); ; {
+		for deadline := time.After(patience); ; {
 			changed, err := lc.Changed()
 			if err != nil {
 				t.Fatal(err)
@@ -472,7 +488,6 @@ func TestUsage(t *testing.T) {
 		{[]string{"up", "--dir", dir, "--relay-server-port", "70000"}, exitUsage, "70000"},
 		{[]string{"up", "--dir", dir, "--tag", "web"}, exitUsage, "tag:name"},
 		{[]string{"up", "--dir", dir, "--auth-key", "file:/no/such/file"}, exitFailure, "/no/such/file"},
-		{[]string{"up", "--dir", dir, "--control-url", "http://127.0.0.1:1", "--timeout", "2s"}, exitTimeout, "refused"},
 	} {
 		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
 			code, out, errs := command(t, "", c.args...)
@@ -483,5 +498,19 @@ func TestUsage(t *testing.T) {
 				t.Error("nothing was printed")
 			}
 		})
+	}
+}
+
+// TestTimeout gives up on a server that is not there.
+func TestTimeout(t *testing.T) {
+	for wait := time.Second / 4; ; wait *= 4 {
+		code, _, errs := command(t, "", "up", "--dir", t.TempDir(), "--control-url", "http://127.0.0.1:1", "--timeout", wait.String())
+		if strings.Contains(errs, "before control answered") && wait < patience {
+			continue // it had not even been tried
+		}
+		if code != exitTimeout || !strings.Contains(errs, "refused") {
+			t.Errorf("exit code %d: %s", code, errs)
+		}
+		return
 	}
 }

@@ -123,7 +123,7 @@ func echo(t *testing.T, n *tsnet.Server, addr string) {
 		t.Fatalf("dial %s: %v", addr, err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(60 * time.Second))
 	const msg = "hello over the tailnet"
 	if _, err := io.WriteString(c, msg); err != nil {
 		t.Fatal(err)

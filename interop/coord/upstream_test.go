@@ -4,9 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -222,11 +225,21 @@ func TestWrongAuthKey(t *testing.T) {
 	}
 }
 
-// TestServerRestart stops the server and starts it again on the same folder and port: upstream's nodes come
-// back by themselves and stay who they were.
+// TestServerRestart stops the server and starts it again on the same folder and at the same URL: upstream's nodes come
+// back by themselves and stay who they were. The port is not let go of meanwhile: another program could take it.
 func TestServerRestart(t *testing.T) {
 	dir := t.TempDir()
-	s := start(t, &coord.Server{Dir: dir})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := "http://" + ln.Addr().String()
+	s := start(t, &coord.Server{Dir: dir, Addr: "none", URL: url})
+	var h atomic.Value
+	h.Store(s.Handler())
+	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.Load().(http.Handler).ServeHTTP(w, r) })}
+	go hs.Serve(ln)
+	t.Cleanup(func() { hs.Close() })
 	key := authKey(t, s, coord.AuthKeyOptions{Reusable: true})
 	a, b := upstream(t, s, "alpha", key), upstream(t, s, "beta", key)
 	for _, n := range []*tsnet.Server{a, b} {
@@ -240,7 +253,8 @@ func TestServerRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	echo(t, b, hostPort(ip4(t, a), "7")) // the nodes do without it
-	s2 := start(t, &coord.Server{Dir: dir, Addr: strings.TrimPrefix(s.BaseURL(), "http://"), Relays: s.Relays})
+	s2 := start(t, &coord.Server{Dir: dir, Addr: "none", URL: url, Relays: s.Relays})
+	h.Store(s2.Handler())
 	waitFor(t, "both are back", func() bool {
 		x, err1 := s2.Node("alpha")
 		y, err2 := s2.Node("beta")
