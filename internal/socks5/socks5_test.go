@@ -27,14 +27,8 @@ func talk(in []byte) (out []byte, dialled string) {
 	got := make(chan []byte)
 	go func() { b, _ := io.ReadAll(client); got <- b }()
 	client.Write(in)
-	// A pipe has no half-close: what is cut ends with the pipe, once all of it has been taken.
-	go func() { <-done; client.Close() }()
-	select {
-	case out = <-got:
-	case <-done:
-		out = <-got
-	}
-	return out, dialled
+	<-done // and its end of the pipe is closed
+	return <-got, dialled
 }
 
 const login = "\x05\x01\x02" + "\x01\x01u\x02pw"
