@@ -24,8 +24,9 @@ const (
 	shutdownTimeout = 3 * time.Second
 	demoTimeout     = 60 * time.Second
 	demoPings       = 20
-	demoBytes       = 64 << 20
 )
+
+var demoBytes int64 = 64 << 20 // less in tests
 
 func (a *app) demoCommand() *cli.Command {
 	return &cli.Command{
@@ -196,7 +197,7 @@ func (d *demo) serve(s *tailnode.Server) error {
 	mux.HandleFunc("/bulk", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Length", fmt.Sprint(demoBytes))
 		block := make([]byte, 64<<10)
-		for n := 0; n < demoBytes; n += len(block) {
+		for n := int64(0); n < demoBytes; n += int64(len(block)) {
 			if _, err := w.Write(block); err != nil {
 				return
 			}

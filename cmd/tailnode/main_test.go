@@ -30,6 +30,7 @@ func TestMain(m *testing.M) {
 	for _, name := range []string{"TS_AUTHKEY", "TS_AUTH_KEY", "TS_CONTROL_URL"} {
 		os.Unsetenv(name)
 	}
+	demoBytes = 4 << 20 // as much as the demo moves takes a minute, which it has, on a slow machine with the race detector
 	goleak.VerifyTestMain(m)
 }
 
