@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -105,7 +106,7 @@ func FuzzMap(f *testing.F) {
 		{Version: 119, NodeKey: n},
 		{Version: 119, NodeKey: n, Stream: true, Compress: "zstd", KeepAlive: true},
 		{Version: 70, NodeKey: n, Stream: true, OmitPeers: true},
-		{Version: 119, NodeKey: n, OmitPeers: true, DiscoKey: key.NewDisco().Public(), Hostinfo: &tailcfg.Hostinfo{Hostname: "x", NetInfo: &tailcfg.NetInfo{PreferredDERP: 1 << 40}}},
+		{Version: 119, NodeKey: n, OmitPeers: true, DiscoKey: key.NewDisco().Public(), Hostinfo: &tailcfg.Hostinfo{Hostname: "x", NetInfo: &tailcfg.NetInfo{PreferredDERP: math.MaxInt}}},
 		{Version: 119, NodeKey: n, ReadOnly: true},
 	} {
 		b, _ := json.Marshal(req)

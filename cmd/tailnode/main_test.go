@@ -383,7 +383,7 @@ func TestWaits(t *testing.T) {
 		{"", "NeedsLogin", "/register/"},
 		{key, "NeedsMachineAuth", "approve this machine"},
 	} {
-		s := &tailnode.Server{Hostname: "n", ControlURL: cs.BaseURL(), AuthKey: c.key, Store: tailnode.NewMemoryStore(), UserLogf: t.Logf}
+		s := &tailnode.Server{Hostname: "n", ControlURL: cs.BaseURL(), AuthKey: c.key, Store: tailnode.NewMemoryStore(), UserLogf: func(string, ...any) {}}
 		defer s.Close()
 		if err := s.Start(); err != nil {
 			t.Fatal(err)

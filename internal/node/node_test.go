@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -130,7 +131,7 @@ func TestHostileMapResponses(t *testing.T) {
 		"a name of dots":       withPeer(func(n *tailcfg.Node) { n.Name = "...." }),
 		"a name of a megabyte": withPeer(func(n *tailcfg.Node) { n.Name = long }),
 		"negative numbers":     withPeer(func(n *tailcfg.Node) { n.ID, n.HomeDERP, n.Cap, n.User = -2, -1, -1, -1 }),
-		"huge numbers":         withPeer(func(n *tailcfg.Node) { n.ID, n.HomeDERP, n.Cap = 1<<62, 1<<62, 1<<62 }),
+		"huge numbers":         withPeer(func(n *tailcfg.Node) { n.ID, n.HomeDERP, n.Cap = math.MaxInt64, math.MaxInt, math.MaxInt }),
 		"invalid endpoints": withPeer(func(n *tailcfg.Node) {
 			n.Endpoints = []netip.AddrPort{{}, netip.AddrPortFrom(netip.IPv4Unspecified(), 1), netip.AddrPortFrom(v4, 0), netip.AddrPortFrom(netip.AddrFrom4([4]byte{255, 255, 255, 255}), 9), netip.AddrPortFrom(tailcfg.DERPMagicIP(), 1)}
 		}),
@@ -146,7 +147,7 @@ func TestHostileMapResponses(t *testing.T) {
 		"self without addresses":         {Node: &tailcfg.Node{ID: 1, Key: keyOf(1), Name: "me.example.ts.net."}},
 		"self with odd addresses":        {Node: &tailcfg.Node{ID: 1, Key: keyOf(1), Name: "me.", Addresses: []netip.Prefix{{}, netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("224.0.0.1/32"), netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("::ffff:1.2.3.4/128")}}},
 		"DERP map without regions":       {DERPMap: &tailcfg.DERPMap{}},
-		"DERP map of nil regions":        {DERPMap: &tailcfg.DERPMap{HomeParams: &tailcfg.DERPHomeParams{RegionScore: map[int]float64{1: -1, 2: 0}}, Regions: map[int]*tailcfg.DERPRegion{0: nil, 1: nil, -1: {}, 1 << 40: {RegionID: 1 << 40}}}},
+		"DERP map of nil regions":        {DERPMap: &tailcfg.DERPMap{HomeParams: &tailcfg.DERPHomeParams{RegionScore: map[int]float64{1: -1, 2: 0}}, Regions: map[int]*tailcfg.DERPRegion{0: nil, 1: nil, -1: {}, math.MaxInt: {RegionID: math.MaxInt}}}},
 		"DERP map of nil nodes":          {DERPMap: &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {RegionID: 1, Nodes: []*tailcfg.DERPNode{nil, {}, {HostName: "\x00", IPv4: "nonsense", IPv6: "127.0.0.1", DERPPort: -1, STUNPort: 1 << 20, CertName: "sha256-raw:zz"}}}}}},
 		"DERP regions by another number": {DERPMap: &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {RegionID: 2, Nodes: []*tailcfg.DERPNode{{Name: "1a", RegionID: 3, HostName: "relay.test"}}}}}},
 		"DNS of nil":                     {DNSConfig: &tailcfg.DNSConfig{Resolvers: []*tailcfg.Resolver{nil, {}}, Routes: map[string][]*tailcfg.Resolver{"": nil, ".": {nil}}, Domains: []string{"", ".", long}, Nameservers: []netip.Addr{{}}, ExtraRecords: []tailcfg.DNSRecord{{}, {Name: long, Value: long}, {Name: ".", Type: "A", Value: "::1"}}}},
