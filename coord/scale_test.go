@@ -96,7 +96,12 @@ func newCrowd(b testing.TB, s *Server, k string, n, atOnce int) *crowd {
 			sem <- struct{}{}
 			err := func() error {
 				defer func() { <-sem }()
-				_, err := p.registerRaw(tailcfg.RegisterRequest{Auth: &tailcfg.RegisterResponseAuth{AuthKey: k}})
+				var err error
+				for range 20 { // as nodes do: where many join, some do not get through the handshake in time
+					if _, err = p.registerRaw(tailcfg.RegisterRequest{Auth: &tailcfg.RegisterResponseAuth{AuthKey: k}}); err == nil {
+						break
+					}
+				}
 				return err
 			}()
 			if err == nil {
