@@ -314,12 +314,18 @@ func (a *ackTable) sweep() {
 	a.timer.Reset(ackDelay)
 }
 
-// close ends the delay. Nothing is sent by it afterwards.
+// close drops what is kept, once no packet leaves any more. Nothing is sent afterwards, not even for a reader that was about to wait.
 func (a *ackTable) close() {
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	a.closed = true
 	if a.timer != nil {
 		a.timer.Stop()
+	}
+	a.mu.Unlock() // expect takes it with a slot's
+	for i := range a.slots {
+		s := &a.slots[i]
+		s.mu.Lock()
+		s.state.Store(ackNone)
+		s.mu.Unlock()
 	}
 }

@@ -243,7 +243,14 @@ func TestAcknowledgements(t *testing.T) {
 				s.t.Error("a header that is cut short was kept")
 			}
 		}},
-		{"closed", func(s *ackScript) { s.in(32, 33, tcpACK); s.acks(33); s.a.close(); s.later(); s.wants() }},
+		{"closed", func(s *ackScript) {
+			s.in(32, 33, tcpACK)
+			s.acks(33)
+			s.a.close()
+			s.later()
+			s.waits()
+			s.wants()
+		}},
 	} {
 		for _, v6 := range []bool{false, true} {
 			name := tt.name
@@ -254,6 +261,20 @@ func TestAcknowledgements(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) { tt.run(newAckScript(t, v6)) })
 			})
 		}
+	}
+}
+
+// TestAckCloseWhileSegmentsCome: the receive loops go on while a stack is closed.
+func TestAckCloseWhileSegmentsCome(t *testing.T) {
+	for range 2000 {
+		s := newAckScript(t, false)
+		var wg sync.WaitGroup
+		for port := range uint16(3) {
+			seg := tcpPacket(s.remote, netip.AddrPortFrom(a4, port), 1, 1, 4096, tcpACK)
+			wg.Go(func() { s.a.expect(seg, 32, 33) })
+		}
+		s.a.close()
+		wg.Wait()
 	}
 }
 

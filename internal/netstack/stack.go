@@ -282,11 +282,11 @@ func (s *Stack) Close() {
 		k.abort()
 	}
 	s.flusher.Close()
-	s.link.acks.close()
 	s.endForwarding()
 	s.gv.Close() // half-open connections and those that linger after their Close
 	s.gv.Wait()
 	s.link.closed.Store(true)
+	s.link.acks.close()
 	close(s.done)
 }
 
