@@ -1,7 +1,6 @@
 package netstack
 
 import (
-	"io"
 	"net/netip"
 	"sync"
 	"testing"
@@ -19,6 +18,9 @@ func TestBudget(t *testing.T) {
 		conns[i] = c.(*conn)
 	}
 	b := &p.a.budget
+	b.mu.Lock()
+	b.reclaims = time.Now().Add(time.Hour) // none before its turn, however slow this machine is
+	b.mu.Unlock()
 	set := func(i int, rtt time.Duration, want int64) int64 {
 		g := &conns[i].rgrow
 		b.mu.Lock()
@@ -144,34 +146,41 @@ func TestWindowGrows(t *testing.T) {
 	t.Cleanup(func() {
 		a.Close()
 		b.Close()
-		sa.wg.Wait()
-		sb.wg.Wait()
 		ab.close()
 		ba.close()
+		sa.wg.Wait() // now that nothing is sent any more, not even a reset by a pump
+		sb.wg.Wait()
 	})
 	l := listen(t, b, "[::]:80")
 	c, d := connect(t, a, l, b4)
-	const size = 24 << 20
 	start := time.Now()
-	go func() {
-		buf := make([]byte, 256<<10)
-		for range size / len(buf) {
-			c.Write(buf)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer c.Close()
+	wg.Go(func() {
+		for buf := make([]byte, 256<<10); ; {
+			if _, err := c.Write(buf); err != nil {
+				return
+			}
 		}
-		closeWrite(t, c)
-	}()
-	n, err := io.Copy(io.Discard, d)
-	if n != size || err != nil {
-		t.Fatalf("%d bytes, %v", n, err)
+	})
+	const least, most = 24 << 20, 1 << 30 // a machine that is busy with others needs more until the window has grown
+	size := func() int64 { return d.(*conn).rgrow.size() }
+	n := 0
+	for buf := make([]byte, 256<<10); n < least || n < most && size() < 1<<20; {
+		k, err := d.Read(buf)
+		if n += k; err != nil {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
 	}
-	took := time.Since(start)
-	rcv, snd := d.(*conn).rgrow.size(), c.(*conn).wgrow.size()
-	t.Logf("%d MiB in %v; receive buffer %d KiB, send buffer %d KiB, %d retransmits", size>>20, took.Round(time.Millisecond),
-		rcv>>10, snd>>10, a.gv.Stats().TCP.Retransmits.Value())
-	if k := a.gv.Stats().TCP.Retransmits.Value(); k != 0 {
+	st := a.gv.Stats().TCP
+	t.Logf("%d MiB in %v; receive buffer %d KiB, send buffer %d KiB, %d retransmits, %d timeouts", n>>20, time.Since(start).Round(time.Millisecond),
+		size()>>10, c.(*conn).wgrow.size()>>10, st.Retransmits.Value(), st.Timeouts.Value())
+	// The path loses nothing. What it delivers late is taken for lost by the clock alone.
+	if k := st.Retransmits.Value(); k != 0 && st.Timeouts.Value() == 0 {
 		t.Errorf("%d retransmits", k)
 	}
-	if rcv < 1<<20 || rcv > 8<<20 {
+	if rcv := size(); rcv < 1<<20 || rcv > 8<<20 {
 		t.Errorf("receive buffer of %d bytes", rcv)
 	}
 }

@@ -42,7 +42,7 @@ func TestFullBothWays(t *testing.T) {
 					if err != nil {
 						return
 					}
-					c.SetDeadline(time.Now().Add(time.Minute)) // a hang is for good: this is to report it
+					c.SetDeadline(time.Now().Add(5 * time.Minute)) // a hang is for good: this is to report it
 					tt.serve(c)
 					c.Close()
 				}
@@ -53,7 +53,7 @@ func TestFullBothWays(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				c.SetDeadline(time.Now().Add(time.Minute))
+				c.SetDeadline(time.Now().Add(5 * time.Minute))
 				got := make(chan error, 1)
 				go func() {
 					_, err := io.CopyN(io.Discard, c, size)

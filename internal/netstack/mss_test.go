@@ -182,21 +182,21 @@ func transferSum(t *testing.T, p *pair, dst netip.Addr, n int) {
 		var c net.Conn
 		if c, r.err = ln.Accept(); r.err == nil {
 			defer c.Close()
-			c.SetDeadline(time.Now().Add(2 * time.Minute))
+			c.SetDeadline(time.Now().Add(5 * time.Minute))
 			h := sha256.New()
 			r.n, r.err = io.Copy(h, c)
 			h.Sum(r.sum[:0])
 		}
 		got <- r
 	}()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	c, err := p.a.DialTCP(ctx, netip.AddrPortFrom(dst, 80))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(2 * time.Minute))
+	c.SetDeadline(time.Now().Add(5 * time.Minute))
 	data := make([]byte, 256<<10)
 	chacha := rand.NewChaCha8([32]byte{1})
 	h := sha256.New()

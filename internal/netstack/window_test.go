@@ -140,7 +140,7 @@ type handPeer struct {
 const peerMSS = 1200
 
 func newHandPeer(t *testing.T) *handPeer {
-	p := &handPeer{t: t, out: make(segments, 4096), seq: 7000, hung: time.After(time.Minute)}
+	p := &handPeer{t: t, out: make(segments, 4096), seq: 7000, hung: time.After(5 * time.Minute)}
 	var err error
 	if p.s, err = New(Config{Output: p.out}); err != nil {
 		t.Fatal(err)
