@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -191,7 +192,9 @@ func BenchmarkFlood(b *testing.B) {
 }
 
 // TestNoAllocationPerPacket: none but the cipher's own, which where it has assembly (amd64) are none.
-func TestNoAllocationPerPacket(t *testing.T) {
+func TestNoAllocationPerPacket(t *testing.T) { synctest.Test(t, testNoAllocationPerPacket) }
+
+func testNoAllocationPerPacket(t *testing.T) {
 	a, buf := newAEAD(new([32]byte)), make([]byte, 1280, 1296)
 	bare := testing.AllocsPerRun(100, func() { a.Seal(buf[:0], zeroNonce[:], buf, nil) })
 	if runtime.GOARCH == "amd64" && bare != 0 {

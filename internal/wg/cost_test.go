@@ -9,7 +9,9 @@ import (
 )
 
 // TestPacketCost counts what a packet allocates besides what the cipher does where it has no assembly.
-func TestPacketCost(t *testing.T) {
+func TestPacketCost(t *testing.T) { synctest.Test(t, testPacketCost) }
+
+func testPacketCost(t *testing.T) {
 	a, buf := newAEAD(new([32]byte)), make([]byte, 1280, 1296)
 	bare := testing.AllocsPerRun(100, func() { a.Seal(buf[:0], zeroNonce[:], buf, nil) })
 	x, y := benchPair(t, 1280)
@@ -48,6 +50,6 @@ func TestPeerCost(t *testing.T) {
 			addWithSession(t, d, w, false)
 		}
 		idle()
-		budget.Check(t, "bytes.peer.wg", float64(heap()-before)/n)
+		budget.Check(t, "bytes.peer.wg", (heap()-before)/n)
 	})
 }
