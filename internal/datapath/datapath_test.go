@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"testing"
@@ -150,6 +151,26 @@ func (e *end) datagrams(to *end) (from net.Conn, at net.PacketConn) {
 	return from, at
 }
 
+// untilRead writes a datagram, again and again in case it is lost, until one can be read from at, which is returned.
+func untilRead(t testing.TB, c net.Conn, b []byte, at interface {
+	SetReadDeadline(time.Time) error
+	ReadFrom([]byte) (int, net.Addr, error)
+}) []byte {
+	t.Helper()
+	buf := make([]byte, 1500)
+	for end := time.Now().Add(time.Minute); ; {
+		if _, err := c.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		at.SetReadDeadline(time.Now().Add(time.Second))
+		if n, _, err := at.ReadFrom(buf); err == nil {
+			return buf[:n]
+		} else if !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+}
+
 // listen accepts connections to a port and tells from where they came.
 func (e *end) listen(port uint16) <-chan netip.Addr {
 	e.t.Helper()
@@ -179,16 +200,16 @@ func TestJailedPeer(t *testing.T) {
 	a, b := newPair(t)
 	a.listen(80)
 	b.listen(80)
-	if err := b.dial(10*time.Second, netip.AddrPortFrom(a.a4, 80)); err != nil {
+	if err := b.dial(time.Minute, netip.AddrPortFrom(a.a4, 80)); err != nil {
 		t.Fatal(err)
 	}
 	n := b.node()
 	n.IsJailed = true
 	a.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{n}})
-	if err := b.dial(10*time.Second, netip.AddrPortFrom(a.a4, 80)); errcode.Of(err) != errcode.Refused {
+	if err := b.dial(time.Minute, netip.AddrPortFrom(a.a4, 80)); errcode.Of(err) != errcode.Refused {
 		t.Errorf("a jailed peer's connection: got %v, want a refusal", err)
 	}
-	if err := a.dial(10*time.Second, netip.AddrPortFrom(b.a4, 80)); err != nil {
+	if err := a.dial(time.Minute, netip.AddrPortFrom(b.a4, 80)); err != nil {
 		t.Errorf("a connection to a jailed peer: %v", err)
 	}
 }
@@ -203,13 +224,13 @@ func TestExpiredPeer(t *testing.T) {
 			a.listen(80)
 			b.listen(80)
 			// Both have a session with each other before.
-			if err := a.dial(10*time.Second, netip.AddrPortFrom(b.a4, 80)); err != nil {
+			if err := a.dial(time.Minute, netip.AddrPortFrom(b.a4, 80)); err != nil {
 				t.Fatal(err)
 			}
 			n := b.node()
 			expire(n)
 			a.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{n}})
-			if _, _, err := a.PingTSMP(within(t, 10*time.Second), b.a4); !errors.Is(err, ErrNoPeer) {
+			if _, _, err := a.PingTSMP(within(t, time.Minute), b.a4); !errors.Is(err, ErrNoPeer) {
 				t.Errorf("ping of an expired peer: %v, want %v", err, ErrNoPeer)
 			}
 			// That nothing is sent shows later: bytes counted would be WireGuard's own too, and what was under way, such as the end of
@@ -223,27 +244,25 @@ func TestExpiredPeer(t *testing.T) {
 				t.Error("an expired peer came in")
 			}
 			a.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{b.node()}})
-			if err := b.dial(10*time.Second, netip.AddrPortFrom(a.a4, 80)); err != nil {
+			if err := b.dial(time.Minute, netip.AddrPortFrom(a.a4, 80)); err != nil {
 				t.Errorf("after the key was extended: %v", err)
 			}
-			if _, err := c.Write([]byte("extended")); err != nil {
-				t.Fatal(err)
-			}
-			buf := make([]byte, 100)
-			pc.SetReadDeadline(time.Now().Add(10 * time.Second))
-			if n, _, err := pc.ReadFrom(buf); err != nil || string(buf[:n]) != "extended" {
-				t.Errorf("the first datagram that came: %q, %v", buf[:n], err)
+			if got := untilRead(t, c, []byte("extended"), pc); string(got) != "extended" {
+				t.Errorf("the first datagram that came: %q", got)
 			}
 		})
 	}
 }
 
-// carried is a wg.Conduit whose messages somebody carries over by hand.
-type carried [][]byte
+// carried is a wg.Conduit whose messages somebody else carries over.
+type carried chan []byte
 
-func (c *carried) Send(b []byte, seg int) error {
+func (c carried) Send(b []byte, seg int) error {
 	for m := range slices.Chunk(b, seg) {
-		*c = append(*c, bytes.Clone(m))
+		select {
+		case c <- bytes.Clone(m):
+		default: // lost
+		}
 	}
 	return nil
 }
@@ -255,8 +274,6 @@ func TestPeerIsComplete(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer at.Close()
-	at.SetDeadline(time.Now().Add(10 * time.Second))
 	src := at.LocalAddr().(*net.UDPAddr).AddrPort()
 	a := &end{t: t, id: 1, key: key.NewNode(), disco: key.NewDisco(), build: netmap.NewBuilder()}
 	a.a4, a.a6 = addrs(a.id)
@@ -275,8 +292,8 @@ func TestPeerIsComplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	var out carried
-	p, err := dev.AddPeer(a.key.Public(), &out, nil)
+	out := make(carried, 100)
+	p, err := dev.AddPeer(a.key.Public(), out, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,18 +311,30 @@ func TestPeerIsComplete(t *testing.T) {
 	}
 	s := tr.newSink()
 	p.Send((*one)(&ping))
-	buf := make([]byte, 1500)
-	for _, what := range []string{"response", "pong"} {
-		for _, m := range out {
+	pong := make(chan struct{}, 1)
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		for buf := make([]byte, 1500); ; {
+			n, _, err := at.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if pkt, _, _ := dev.Receive(nil, buf[:n], nil); pkt != nil { // an error is a response that was too late: another follows
+				pong <- struct{}{}
+				return
+			}
+		}
+	}()
+	defer func() { at.Close(); <-read }()
+	for ctx := within(t, time.Minute); ; {
+		select {
+		case m := <-out:
 			s.WireGuard(path.Source{Addr: src}, nil, m)
-		}
-		out = nil
-		k, _, err := at.ReadFrom(buf)
-		if err != nil {
-			t.Fatalf("no %s: %v", what, err)
-		}
-		if _, _, err := dev.Receive(nil, buf[:k], nil); err != nil {
-			t.Fatalf("%s: %v", what, err)
+		case <-pong:
+			return
+		case <-ctx.Done():
+			t.Fatal("no pong")
 		}
 	}
 }
@@ -323,31 +352,31 @@ func TestMasquerade(t *testing.T) {
 	b.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{n}})
 	atA, atB := a.listen(80), b.listen(80)
 	for _, c := range []struct{ as, b netip.Addr }{{m4, b.a4}, {m6, b.a6}} {
-		if err := a.dial(10*time.Second, netip.AddrPortFrom(c.b, 80)); err != nil {
+		if err := a.dial(time.Minute, netip.AddrPortFrom(c.b, 80)); err != nil {
 			t.Fatalf("out to %v: %v", c.b, err)
 		}
 		if from := <-atB; from != c.as {
 			t.Errorf("b was called by %v, want %v", from, c.as)
 		}
-		if err := b.dial(10*time.Second, netip.AddrPortFrom(c.as, 80)); err != nil {
+		if err := b.dial(time.Minute, netip.AddrPortFrom(c.as, 80)); err != nil {
 			t.Fatalf("in to %v: %v", c.as, err)
 		}
 		if from := <-atA; from != c.b {
 			t.Errorf("a was called by %v, want %v", from, c.b)
 		}
-		if err := b.dial(10*time.Second, netip.AddrPortFrom(c.as, 100)); errcode.Of(err) != errcode.Refused {
+		if err := b.dial(time.Minute, netip.AddrPortFrom(c.as, 100)); errcode.Of(err) != errcode.Refused {
 			t.Errorf("a port that the rules close: got %v, want a refusal", err)
 		}
-		if _, _, err := b.PingTSMP(within(t, 10*time.Second), c.as); err != nil {
+		if _, _, err := b.PingTSMP(within(t, time.Minute), c.as); err != nil {
 			t.Errorf("TSMP ping of %v: %v", c.as, err)
 		}
-		if _, err := b.PingICMP(within(t, 10*time.Second), c.as); err != nil {
+		if _, err := b.PingICMP(within(t, time.Minute), c.as); err != nil {
 			t.Errorf("echo of %v: %v", c.as, err)
 		}
-		if _, _, err := a.PingTSMP(within(t, 10*time.Second), c.b); err != nil {
+		if _, _, err := a.PingTSMP(within(t, time.Minute), c.b); err != nil {
 			t.Errorf("TSMP ping of %v: %v", c.b, err)
 		}
-		if _, err := a.PingICMP(within(t, 10*time.Second), c.b); err != nil {
+		if _, err := a.PingICMP(within(t, time.Minute), c.b); err != nil {
 			t.Errorf("echo of %v: %v", c.b, err)
 		}
 		echo(t, a, b, c.b)
@@ -379,13 +408,8 @@ func echo(t *testing.T, a, b *end, to netip.Addr) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(10 * time.Second))
-	if _, err := c.Write([]byte("hello")); err != nil {
-		t.Fatal(err)
-	}
-	buf := make([]byte, 100)
-	if n, err := c.Read(buf); err != nil || string(buf[:n]) != "hello" {
-		t.Errorf("UDP to %v: %q, %v", to, buf[:n], err)
+	if got := untilRead(t, c, []byte("hello"), c.(net.PacketConn)); string(got) != "hello" {
+		t.Errorf("UDP to %v: %q", to, got)
 	}
 }
 
@@ -398,7 +422,7 @@ func TestResolver(t *testing.T) {
 			}
 			return a.Stack().DialUDP(ctx, netip.MustParseAddrPort(at))
 		}}
-		ips, err := r.LookupNetIP(within(t, 10*time.Second), "ip", "n2.example.ts.net.")
+		ips, err := r.LookupNetIP(within(t, time.Minute), "ip", "n2.example.ts.net.")
 		if err != nil {
 			t.Fatalf("%s: %v", at, err)
 		}
@@ -409,7 +433,7 @@ func TestResolver(t *testing.T) {
 		if !has4 || !has6 || len(ips) != 2 {
 			t.Errorf("%s: got %v, want %v and %v", at, ips, b.a4, b.a6)
 		}
-		_, err = r.LookupNetIP(within(t, 10*time.Second), "ip", "nobody.example.ts.net.")
+		_, err = r.LookupNetIP(within(t, time.Minute), "ip", "nobody.example.ts.net.")
 		if de, ok := errors.AsType[*net.DNSError](err); !ok || !de.IsNotFound {
 			t.Errorf("%s: unknown name: %v, want not found", at, err)
 		}

@@ -21,13 +21,12 @@ func (e *end) discoInUse(peer *end) key.DiscoPublic {
 // TestDiscoKeyFromThePeer: a peer's word through the session counts until control says something new.
 func TestDiscoKeyFromThePeer(t *testing.T) {
 	a, b := newPair(t)
-	if _, _, err := a.PingTSMP(within(t, 30*time.Second), b.a4); err != nil { // a session
+	if _, _, err := a.PingTSMP(within(t, time.Minute), b.a4); err != nil { // a session
 		t.Fatal(err)
 	}
 	tr := a.trans.Load()
 	p := tr.known(b.key.Public())
 	older, newer := b.disco.Public(), key.NewDisco().Public()
-	session := p.wg.Stats()
 	say := func(k key.DiscoPublic) {
 		tr.saidMu.Lock()
 		p.said.at = time.Time{} // the pace is another test's
@@ -61,8 +60,8 @@ func TestDiscoKeyFromThePeer(t *testing.T) {
 	n.DiscoKey = newer
 	a.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{n}})
 	check("control has", newer)
-	if now := p.wg.Stats(); now.LastHandshake != session.LastHandshake {
-		t.Error("the session was renewed")
+	if !p.wg.HasSession() {
+		t.Error("the session is being renewed")
 	}
 	n = b.node() // and back: that is control's word now
 	a.tell(&tailcfg.MapResponse{PeersChanged: []*tailcfg.Node{n}})
@@ -76,7 +75,7 @@ func TestDiscoKeyFromThePeer(t *testing.T) {
 // TestDiscoKeyFlood: a peer that tells ever new keys costs no more than a few.
 func TestDiscoKeyFlood(t *testing.T) {
 	a, b := newPair(t)
-	if _, _, err := a.PingTSMP(within(t, 30*time.Second), b.a4); err != nil {
+	if _, _, err := a.PingTSMP(within(t, time.Minute), b.a4); err != nil {
 		t.Fatal(err)
 	}
 	tr := a.trans.Load()
@@ -98,11 +97,15 @@ func TestDiscoKeyFlood(t *testing.T) {
 // call-me-maybe does; not otherwise, and not again and again.
 func TestDiscoKeyIsTold(t *testing.T) {
 	a, b := newPair(t)
-	told := func() key.DiscoPublic { // waits for what was sent before
-		if _, _, err := a.PingTSMP(within(t, 30*time.Second), b.a4); err != nil {
-			t.Fatal(err)
+	told := func() key.DiscoPublic { // a ping may overtake the key, by another path
+		for end := time.Now().Add(time.Minute); ; {
+			if _, _, err := a.PingTSMP(within(t, time.Minute), b.a4); err != nil {
+				t.Fatal(err)
+			}
+			if k := b.discoInUse(a); k == a.disco.Public() || time.Now().After(end) {
+				return k
+			}
 		}
-		return b.discoInUse(a)
 	}
 	forget := func() {
 		tr := b.trans.Load()

@@ -40,7 +40,7 @@ func TestICMPErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	cb, err := b.Stack().DialTCP(within(t, 10*time.Second), netip.AddrPortFrom(a.a4, 443))
+	cb, err := b.Stack().DialTCP(within(t, time.Minute), netip.AddrPortFrom(a.a4, 443))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,11 +84,11 @@ func TestICMPErrors(t *testing.T) {
 	const n = 64 << 10
 	before := a.Live(b.key.Public()).TxBytes
 	go ca.Write(make([]byte, n))
-	cb.SetReadDeadline(time.Now().Add(20 * time.Second))
+	cb.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	if _, err := io.ReadFull(cb, make([]byte, n)); err != nil {
 		t.Fatal(err)
 	}
-	if sent := a.Live(b.key.Public()).TxBytes - before; sent > 4*n {
+	if sent := a.Live(b.key.Public()).TxBytes - before; sent > 20*n { // a byte in each packet would be more than 80 times as much
 		t.Errorf("%d bytes were sent for %d", sent, n)
 	}
 }

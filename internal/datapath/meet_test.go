@@ -17,7 +17,7 @@ func TestKnock(t *testing.T) {
 	a.listen(80)
 	a.tell(&tailcfg.MapResponse{PeersRemoved: []tailcfg.NodeID{tailcfg.NodeID(b.id)}})
 	dialled := make(chan error, 1)
-	go func() { dialled <- b.dial(10*time.Second, netip.AddrPortFrom(a.a4, 80)) }()
+	go func() { dialled <- b.dial(time.Minute, netip.AddrPortFrom(a.a4, 80)) }()
 	k := &a.trans.Load().knocks
 	for waiting := 0; waiting == 0; runtime.Gosched() {
 		k.mu.Lock()
@@ -70,15 +70,15 @@ func TestPeerRestarts(t *testing.T) {
 	a, b := newPair(t)
 	b.listen(80)
 	dst := netip.AddrPortFrom(b.a4, 80)
-	if err := a.dial(60*time.Second, dst); err != nil {
+	if err := a.dial(2*time.Minute, dst); err != nil {
 		t.Fatal(err)
 	}
 	b.Close()
 	dialled := make(chan error, 1)
-	go func() { dialled <- a.dial(60*time.Second, dst) }()
+	go func() { dialled <- a.dial(2*time.Minute, dst) }()
 
 	b.disco = key.NewDisco()
-	up := make(chan struct{}, 1)
+	up := make(chan struct{}, 16)
 	e, err := New(Config{NodeKey: b.key, DiscoKey: b.disco, RelayState: func(_ int, connected bool, _ error) {
 		if connected {
 			up <- struct{}{}

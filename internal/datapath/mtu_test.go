@@ -26,7 +26,7 @@ func (a *end) send(b *end, to netip.Addr, n int) {
 	go func() {
 		h := sha256.New()
 		if c, err := ln.Accept(); err == nil {
-			c.SetDeadline(time.Now().Add(time.Minute))
+			c.SetDeadline(time.Now().Add(3 * time.Minute))
 			io.Copy(h, c)
 			c.Close()
 		}
@@ -37,7 +37,7 @@ func (a *end) send(b *end, to netip.Addr, n int) {
 		a.t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(time.Minute))
+	c.SetDeadline(time.Now().Add(3 * time.Minute))
 	h := sha256.New()
 	if _, err := io.CopyN(io.MultiWriter(c, h), rand.NewChaCha8([32]byte{1}), int64(n)); err != nil {
 		a.t.Fatal(err)
@@ -81,7 +81,7 @@ func TestRelayedSize(t *testing.T) {
 // TestDirectSize: a direct path over the loopback interface is found to carry more than the base size.
 func TestDirectSize(t *testing.T) {
 	a, b := newPair(t)
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(3 * time.Minute)
 	for longest := 0; longest <= path.BaseMTU; {
 		if time.Now().After(deadline) {
 			t.Fatalf("longest packet %d", longest)

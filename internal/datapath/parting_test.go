@@ -29,7 +29,7 @@ func TestClosePartsFromAll(t *testing.T) {
 			}
 			go func() {
 				defer c.Close()
-				c.SetDeadline(time.Now().Add(60 * time.Second))
+				c.SetDeadline(time.Now().Add(2 * time.Minute))
 				_, err := io.Copy(io.Discard, c)
 				ends <- err
 			}()

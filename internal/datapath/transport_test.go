@@ -13,7 +13,7 @@ import (
 func TestPeerLogsInAgain(t *testing.T) {
 	a, b := newPair(t)
 	b.listen(7)
-	if err := a.dial(10*time.Second, netip.AddrPortFrom(b.a4, 7)); err != nil {
+	if err := a.dial(time.Minute, netip.AddrPortFrom(b.a4, 7)); err != nil {
 		t.Fatal(err)
 	}
 	tr := a.trans.Load()
@@ -35,7 +35,7 @@ func TestPeerLogsInAgain(t *testing.T) {
 	}
 	k := b.key.Public()
 	a.tell(&tailcfg.MapResponse{PeersChangedPatch: []*tailcfg.PeerChange{{NodeID: tailcfg.NodeID(b.id), Key: &k}}})
-	if err := a.dial(10*time.Second, netip.AddrPortFrom(b.a4, 7)); err != nil {
+	if err := a.dial(time.Minute, netip.AddrPortFrom(b.a4, 7)); err != nil {
 		t.Fatal(err)
 	}
 }
