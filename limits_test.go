@@ -37,7 +37,7 @@ func TestLeastLimits(t *testing.T) {
 	node := func(name string) *tailnode.Server {
 		s := &tailnode.Server{Hostname: name, Store: tailnode.NewMemoryStore(), ControlURL: tn.coord.BaseURL(), AuthKey: tn.authKey(), Limits: least}
 		t.Cleanup(func() { s.Close() })
-		if _, err := s.Up(withTimeout(t, 60*time.Second)); err != nil {
+		if _, err := s.Up(withTimeout(t, 3*time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		return s
@@ -64,12 +64,12 @@ func TestLeastLimits(t *testing.T) {
 	done := make(chan error)
 	errNothing := errors.New("the end came before all data")
 	echoed := func() error {
-		c, err := b.Dial(withTimeout(t, 60*time.Second), "tcp", "a:7")
+		c, err := b.Dial(withTimeout(t, 3*time.Minute), "tcp", "a:7")
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(60 * time.Second))
+		c.SetDeadline(time.Now().Add(3 * time.Minute))
 		go func() {
 			c.Write(data)
 			c.(interface{ CloseWrite() error }).CloseWrite()
