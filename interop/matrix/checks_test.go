@@ -97,7 +97,7 @@ func checkTCP(t *testing.T, ctx context.Context, e *env) {
 		}
 		// A port on which nobody listens is refused, and not only when the context ends.
 		began := time.Now()
-		quick, cancel := context.WithTimeout(ctx, 10*time.Second)
+		quick, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
 		if c, err := from.Dial(quick, "tcp", hostport(v4, 9)); err == nil {
 			c.Close()

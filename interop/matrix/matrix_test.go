@@ -198,7 +198,7 @@ func size() int {
 // running and in sight of each other.
 func TestMatrix(t *testing.T) {
 	eachCell(t, func(t *testing.T, c cell) {
-		ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
 		defer cancel()
 		e := newEnv(t, c, c.control.make)
 		e.up(t, ctx, e.a, e.b)
@@ -229,7 +229,7 @@ func TestMatrix(t *testing.T) {
 // TestLogin is the life of a node key: interactive login, expiry, and login again as the same node.
 func TestLogin(t *testing.T) {
 	eachCell(t, func(t *testing.T, c cell) {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
 		checkLogin(t, ctx, newEnv(t, c, c.control.interactive))
 	})
