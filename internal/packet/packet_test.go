@@ -240,6 +240,55 @@ func seeds() [][]byte {
 	}
 }
 
+func TestFailed(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		src, dst  netip.Addr
+		typ, code byte
+		mtu       int64 // that it tells
+		want      int
+	}{
+		{"fragmentation needed", a4, b4, icmp4Unreachable, icmp4FragNeeded, 1400, 1400},
+		{"port unreachable", a4, b4, icmp4Unreachable, 3, 1400, -1},
+		{"time exceeded", a4, b4, icmp4TimeExceeded, icmp4FragNeeded, 1400, -1},
+		{"too big", a6, b6, icmp6PacketTooBig, 0, 1400, 1400},
+		{"too big, for more than there is", a6, b6, icmp6PacketTooBig, 0, 1<<32 - 1, 1 << 16},
+		{"unreachable", a6, b6, icmp6Unreachable, 4, 1400, -1},
+	} {
+		proto := ICMPv4
+		if tt.src.Is6() {
+			proto = ICMPv6
+		}
+		// What it is about went the other way.
+		inner := must(AppendTCP(nil, port(tt.dst, 1), port(tt.src, 2), TCPHeader{Flags: TCPAck}, nil))
+		body := append([]byte{tt.typ, tt.code, 0, 0}, binary.BigEndian.AppendUint32(nil, uint32(tt.mtu))...)
+		body = append(body, inner...)
+		var p Parsed
+		if err := p.Decode(append(must(AppendIP(nil, tt.src, tt.dst, proto, len(body))), body...)); err != nil {
+			t.Fatal(err)
+		}
+		if dst, mtu, ok := p.Failed(); !ok || dst != tt.src || mtu != tt.want {
+			t.Errorf("%s: %v, %d, %v", tt.name, dst, mtu, ok)
+		}
+		hlen := len(inner) - 20
+		for _, n := range []int{8 + hlen - 1, 8 + hlen} {
+			if err := p.Decode(append(must(AppendIP(nil, tt.src, tt.dst, proto, n)), body[:n]...)); err != nil {
+				t.Fatal(err)
+			}
+			if _, _, ok := p.Failed(); ok != (n == 8+hlen) {
+				t.Errorf("%s, of which %d bytes came: %v", tt.name, n, ok)
+			}
+		}
+	}
+	var p Parsed
+	if err := p.Decode(must(AppendEcho(nil, a4, b4, Echo{Data: make([]byte, 40)}))); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, ok := p.Failed(); ok {
+		t.Error("an echo request is about a packet")
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	for _, b := range seeds() {
 		f.Add(b)
@@ -267,7 +316,9 @@ func FuzzDecode(f *testing.F) {
 			t.Fatal("parts longer than the whole")
 		}
 		p.Echo()
-		p.IsICMPError()
+		if dst, _, ok := p.Failed(); ok && (!p.IsICMPError() || dst.Is4() != (p.Version == 4)) {
+			t.Fatalf("an error about %v", dst)
+		}
 		p.TSMPPing()
 		p.TSMPPong()
 		p.TSMPDisco()
