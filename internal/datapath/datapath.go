@@ -94,6 +94,8 @@ type Engine struct {
 
 	peerRelays peerRelays
 
+	parted sync.Once // Part
+
 	mu     sync.Mutex // guards what follows, and serialises SetNetmap, SetNodeKey and Close
 	closed bool
 }
@@ -139,6 +141,18 @@ func (e *Engine) Netmap() *netmap.Map { return e.netmap.Load() }
 // Filter returns the packet filter in force, nil before the first netmap.
 func (e *Engine) Filter() *filter.Filter { return e.filter.Load() }
 
+// Part ends every connection, listener and socket, and waits until peers have been sent their resets. Close does so first of all; a node that
+// is about to leave the tailnet calls it while its peers still take what it sends.
+func (e *Engine) Part() {
+	e.parted.Do(func() {
+		close(e.waits.done)
+		e.dns.close()
+		e.parting.on.Store(true)
+		e.stack.Close()
+		e.parting.flush()
+	})
+}
+
 // Close ends every connection, closes relays and sockets, forgets all keys and waits until
 // nothing of the Engine runs any more. It is idempotent.
 func (e *Engine) Close() {
@@ -149,11 +163,7 @@ func (e *Engine) Close() {
 	}
 	e.closed = true
 	e.mu.Unlock()
-	close(e.waits.done)
-	e.dns.close()
-	e.parting.on.Store(true)
-	e.stack.Close() // first: what it still has to say (RST) goes out while the transport is up
-	e.parting.flush()
+	e.Part() // first: what the stack still has to say (RST) goes out while the transport is up
 	e.gatherer.Close()
 	e.streams.close()
 	if e.direct != nil {

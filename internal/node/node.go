@@ -397,6 +397,7 @@ const logoutTimeout = 3 * time.Second
 func (n *Node) Close() {
 	n.closeOnce.Do(func() {
 		defer close(n.closed)
+		n.engine.Part() // before the logout: from a node that is not in the netmap any more peers take nothing, not even a reset
 		st, _ := n.Status()
 		if n.cfg.Ephemeral && st.Netmap != nil {
 			ctx, cancel := context.WithTimeout(context.Background(), logoutTimeout)
