@@ -33,7 +33,7 @@ int main(void) {
 	char text[TAILNODE_ADDR_TEXT], *json;
 	size_t len;
 	OK(tailnode_addr_format(&from, text, sizeof text));
-	OK(tailnode_whois(b, text, 10000, &json, &len, &err));
+	OK(tailnode_whois(b, text, 30000, &json, &len, &err));
 	CHECK(strstr(json, "calpha") && strlen(json) == len);
 	tailnode_free(json);
 	OK(tailnode_status(a, 1, &json, &len, &err));

@@ -58,8 +58,8 @@ static void handles(tailnode_node n) {
 	WANT(tailnode_dial(n, "tcp", "gopeer:7", 64, 0, &fd, NULL, NULL, &err), TAILNODE_INVALID_ARGUMENT);
 	WANT(tailnode_dial(n, "tcp", "example.com:80", 0, 1000, &fd, NULL, NULL, &err), TAILNODE_NOT_TAILNET);
 	WANT(tailnode_dial(n, "tcp", "nobody:80", 0, 1000, &fd, NULL, NULL, &err), TAILNODE_NO_SUCH_HOST);
-	WANT(tailnode_dial(n, "tcp", "gopeer:1", 0, 10000, &fd, NULL, NULL, &err), TAILNODE_REFUSED);
-	WANT(tailnode_dial(n, "ip", "gopeer:1", 0, 10000, &fd, NULL, NULL, &err), TAILNODE_UNSUPPORTED);
+	WANT(tailnode_dial(n, "tcp", "gopeer:1", 0, 30000, &fd, NULL, NULL, &err), TAILNODE_REFUSED);
+	WANT(tailnode_dial(n, "ip", "gopeer:1", 0, 30000, &fd, NULL, NULL, &err), TAILNODE_UNSUPPORTED);
 	WANT(tailnode_whois(n, "192.0.2.1", 1000, &json, NULL, &err), TAILNODE_NOT_FOUND);
 	WANT(tailnode_ping(n, "not an address", "disco", 1000, &json, NULL, &err), TAILNODE_INVALID_ARGUMENT);
 	CHECK(fd == -1);
@@ -104,8 +104,8 @@ static void operations(tailnode_node n) {
 	CHECK(tailnode_op_fd(op) == -1);
 
 	OK(tailnode_status_start(n, 1, &op, &err));
-	wait_in(tailnode_op_fd(op), 10000);
-	OK(tailnode_op_wait(op, 10000, &r, &err));
+	wait_in(tailnode_op_fd(op), 30000);
+	OK(tailnode_op_wait(op, 30000, &r, &err));
 	CHECK(r.fd == -1 && r.data && strlen(r.data) == r.data_len);
 	tailnode_free(r.data);
 
@@ -120,18 +120,16 @@ static void operations(tailnode_node n) {
 	// The thread may have come too late to find the operation at all.
 	CHECK((intptr_t)res == TAILNODE_CANCELED || (intptr_t)res == TAILNODE_CLOSED);
 	for (int i = 0; i < 50; i++) {
-		OK(tailnode_dial_start(n, "tcp", "gopeer:7", 0, 10000, &op, &err));
+		OK(tailnode_dial_start(n, "tcp", "gopeer:7", 0, 30000, &op, &err));
 		if (i % 2)
-			wait_in(tailnode_op_fd(op), 10000);
+			wait_in(tailnode_op_fd(op), 30000);
 		OK(tailnode_op_cancel(op));
 	}
 	tailnode_stats st = {.size = sizeof st};
-	for (int i = 0;; i++) { // the last connections end a moment after
+	for (;; poll(NULL, 0, 1)) { // the last connections end a moment after; an alarm if not
 		OK(tailnode_runtime_stats(n, &st, &err));
 		if (st.connections == 0 && st.calls_in_flight == 1)
 			break;
-		CHECK(i < 5000);
-		poll(NULL, 0, 1);
 	}
 }
 
@@ -167,7 +165,7 @@ int main(void) {
 	v4.port = 0;
 	char ip[TAILNODE_ADDR_TEXT];
 	OK(tailnode_addr_format(&v4, ip, sizeof ip));
-	OK(tailnode_ping(n, ip, "TSMP", 10000, &json, NULL, &err));
+	OK(tailnode_ping(n, ip, "TSMP", 30000, &json, NULL, &err));
 	CHECK(strstr(json, "LatencySeconds"));
 	tailnode_free(json);
 
@@ -213,7 +211,7 @@ int main(void) {
 	void *res;
 	pthread_join(t, &res);
 	CHECK((intptr_t)res == TAILNODE_CLOSED);
-	OK(tailnode_op_wait(op, 10000, NULL, &err));
+	OK(tailnode_op_wait(op, 30000, NULL, &err));
 
 	OK(tailnode_close(n, &err));
 	int code;

@@ -89,7 +89,7 @@ static void *run(void *p) {
 
 int main(int argc, char **argv) {
 	int seconds = argc > 1 ? atoi(argv[1]) : 5;
-	alarm((unsigned)seconds + 60);
+	alarm((unsigned)seconds + 120);
 	int null = open("/dev/null", O_RDWR);
 	dup2(null, 0); // accept and recvmsg on 0 to 2 must not find a terminal
 	live = up("cchaos");

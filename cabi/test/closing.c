@@ -29,7 +29,7 @@ int main(void) {
 	// The same with data that the host has not read.
 	int unread;
 	OK(tailnode_dial(a, "tcp", "gopeer:20", 0, 30000, &unread, NULL, NULL, &err));
-	wait_in(unread, 10000);
+	wait_in(unread, 30000);
 	// The host's half is over, the peer's is not; both ends are this program's.
 	int host_done, peer;
 	OK(tailnode_dial(a, "tcp", "ccloseb:80", 0, 30000, &host_done, NULL, NULL, &err));
@@ -67,7 +67,7 @@ int main(void) {
 	OK(tailnode_watch(a, 0, &watch, &err));
 	tailnode_op done, pending;
 	OK(tailnode_status_start(a, 1, &done, &err));
-	wait_in(tailnode_op_fd(done), 10000);
+	wait_in(tailnode_op_fd(done), 30000);
 	OK(tailnode_dial_start(a, "tcp", "100.127.3.4:80", 0, TAILNODE_FOREVER, &pending, &err));
 
 	OK(tailnode_close(a, &err));

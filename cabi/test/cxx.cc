@@ -5,14 +5,14 @@
 #include <string>
 
 int main() {
-	alarm(60);
+	alarm(120);
 	tailnode_node n = up("cxx");
 	int fd = -1;
 	OK(tailnode_dial(n, "tcp", "gopeer:20", TAILNODE_NONBLOCK, 30000, &fd, nullptr, nullptr, &err));
 	std::string text;
 	for (;;) {
 		char b[64];
-		wait_in(fd, 10000);
+		wait_in(fd, 30000);
 		ssize_t k = read(fd, b, sizeof b);
 		CHECK(k >= 0);
 		if (!k)

@@ -208,7 +208,7 @@ int main(void) {
 	for (int i = 1; i < MANY; i++)
 		OK(a, (i % 2 ? TsnetDial(a, (char *)"tcp4", address, &conn[i]) : tailscale_dial(a, "tcp4", address, &conn[i])));
 	CHECK(fcntl(conn[0], F_GETFD) & FD_CLOEXEC);
-	CHECK(threads() <= base + MANY + 6); // the echo's own; none of the library's for each
+	CHECK(threads() <= base + MANY + MANY / 2); // the echo's own, and what the runtime may add; none of the library's for each
 	for (int i = 0; i < MANY; i++) {
 		char want[100], got[100] = "";
 		int n = snprintf(want, sizeof want, "%squestion %d", ip4, i);
@@ -249,15 +249,15 @@ int main(void) {
 
 	// Datagrams keep their bounds.
 	OK(a, tailscale_dial(a, "udp", "gopeer:7", &u));
-	for (int i = 0;; i++) {
-		CHECK(i < 30);
+	for (int seen = 0; seen != 3;) { // in any order (one by the relay, the next directly), and either may be lost
 		CHECK(write(u, "one", 3) == 3 && write(u, "three", 5) == 5);
 		struct pollfd w = {.fd = u, .events = POLLIN};
-		if (poll(&w, 1, 1000) == 1)
-			break;
+		if (poll(&w, 1, 1000) != 1)
+			continue;
+		ssize_t k = read(u, b, sizeof b);
+		CHECK((k == 3 && !memcmp(b, "one", 3)) || (k == 5 && !memcmp(b, "three", 5)));
+		seen |= k == 3 ? 1 : 2;
 	}
-	ssize_t size = read(u, b, sizeof b); // the second may come first: by the direct path while the first went by the relay
-	CHECK((size == 3 && !memcmp(b, "one", 3)) || (size == 5 && !memcmp(b, "three", 5)));
 	close(u);
 
 	CHECK(tailscale_dial(a, "tcp", "gopeer:1", &c) == -1);
@@ -295,7 +295,7 @@ int main(void) {
 
 	pid_t pid = fork();
 	if (pid == 0) {
-		alarm(10);
+		alarm(60);
 		CHECK(tailscale_new() == -1 && tailscale_up(a) == -1 && tailscale_accept(listener, &c) == -1 && tailscale_close(a) == -1);
 		_exit(0);
 	}

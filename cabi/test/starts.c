@@ -73,11 +73,11 @@ static void each(tailnode_node n) {
 	peer.port = 0;
 	char ip[TAILNODE_ADDR_TEXT];
 	OK(tailnode_addr_format(&peer, ip, sizeof ip));
-	OK(tailnode_whois_start(n, ip, 10000, &op, &err));
+	OK(tailnode_whois_start(n, ip, 30000, &op, &err));
 	finish(op, &r);
 	CHECK(strstr(r.data, "gopeer"));
 	tailnode_free(r.data);
-	OK(tailnode_ping_start(n, ip, "TSMP", 10000, &op, &err));
+	OK(tailnode_ping_start(n, ip, "TSMP", 30000, &op, &err));
 	finish(op, &r);
 	CHECK(strstr(r.data, "LatencySeconds"));
 	tailnode_free(r.data);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tailnode::blocking::{Node, TcpStream};
 use tailnode::{Error, ErrorKind, Event, PingType, State};
 
-use crate::common::builder;
+use crate::common::{builder, AGAIN, HANG};
 
 fn up(hostname: &str) -> Node {
     builder(hostname).up_blocking().unwrap()
@@ -22,7 +22,7 @@ fn within(f: impl FnOnce() + Send + 'static) {
         f();
         let _ = tx.send(());
     });
-    if let Err(mpsc::RecvTimeoutError::Timeout) = rx.recv_timeout(Duration::from_secs(120)) {
+    if let Err(mpsc::RecvTimeoutError::Timeout) = rx.recv_timeout(HANG) {
         panic!("the test hangs");
     }
     test.join().unwrap();
@@ -136,7 +136,7 @@ fn datagrams() {
     within(|| {
         let a = up("rbudp");
         let conn = a.dial_udp("gopeer:7").unwrap();
-        conn.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        conn.set_read_timeout(Some(AGAIN)).unwrap();
         let mut buf = vec![0; 65536];
         for text in [&b"ping"[..], b"", b"pong"] {
             loop {
@@ -154,7 +154,7 @@ fn datagrams() {
         }
         assert_eq!(conn.send_to(b"x", conn.peer_addr().unwrap()).unwrap_err().raw_os_error(), Some(libc::EISCONN));
         let socket = a.listen_udp(":0").unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        socket.set_read_timeout(Some(AGAIN)).unwrap();
         let to = conn.peer_addr().unwrap();
         let (n, from) = loop {
             socket.send_to(b"from anyone", to).unwrap();
@@ -180,7 +180,7 @@ fn watch_and_loopback() {
     within(|| {
         let a = up("rbwatch");
         let mut watch = a.watch().unwrap();
-        assert_eq!(watch.next().unwrap().unwrap(), Event::State(State::Running, String::new()));
+        assert!(matches!(watch.next().unwrap().unwrap(), Event::State(State::Running, _)));
         // Through SOCKS5, by name: what is no Rust gets in by the loopback.
         let lo = a.loopback().unwrap();
         assert_eq!(a.loopback().unwrap(), lo);

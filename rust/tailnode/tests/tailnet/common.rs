@@ -114,7 +114,13 @@ pub async fn up(hostname: &str) -> Node {
     builder(hostname).up().await.unwrap()
 }
 
+/// How long a test may take before it is taken to hang. The machine may be slow, and have more to do.
+pub const HANG: Duration = Duration::from_secs(600);
+
+/// How long a datagram may take before it is sent again.
+pub const AGAIN: Duration = Duration::from_secs(1);
+
 /// Fails a test that hangs.
 pub async fn within<F: std::future::Future>(f: F) -> F::Output {
-    tokio::time::timeout(Duration::from_secs(120), f).await.expect("the test hangs")
+    tokio::time::timeout(HANG, f).await.expect("the test hangs")
 }

@@ -190,9 +190,10 @@ fn threads_and_descriptors() {
             all.push(one().await);
         }
         // The Go runtime may start one for a system call that takes long, whenever it likes; not one for each connection.
-        assert!(threads() <= few + 4, "{few} threads have become {}", threads());
-        // Isolated, the helper has the other ends.
-        assert!(descriptors() <= open + 200 * 2 * if isolated() { 1 } else { 2 }, "{open} descriptors have become {}", descriptors());
+        assert!(threads() < few + 50, "{few} threads have become {}", threads());
+        // Isolated, the helper has the other ends. Those of the last calls may still be about to be closed.
+        let most = open + 200 * 2 * if isolated() { 1 } else { 2 };
+        until("there are two descriptors for each connection", || descriptors() <= most).await;
         all.truncate(10);
         until("the descriptors are gone", || descriptors() <= open).await;
         drop(all);

@@ -7,12 +7,9 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::common::{builder, isolated, up, within};
+use crate::common::{builder, isolated, up, within, AGAIN};
 use tailnode::{runtime, Error, ErrorKind, Event, PingType, State, TcpStream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-/// How long a datagram may take before it is sent again.
-const AGAIN: Duration = Duration::from_secs(1);
 
 fn kind(e: &io::Error) -> Option<ErrorKind> {
     e.get_ref()?.downcast_ref::<Error>().map(Error::kind)
@@ -67,9 +64,15 @@ async fn join_listen_dial() {
         assert!(!who.user_profile.login_name.is_empty());
         assert_eq!(b.whois(from.ip()).await.unwrap(), who);
         assert_eq!(b.whois("100.127.1.1").await.unwrap_err().kind(), ErrorKind::NotFound);
-        let status = a.status(true).await.unwrap();
-        assert_eq!(status.backend_state, "Running");
-        assert!(status.peer.values().any(|p| p.host_name == "rbeta" && p.online));
+        let status = loop {
+            let status = a.status(true).await.unwrap();
+            assert_eq!(status.backend_state, "Running");
+            let beta = status.peer.values().find(|p| p.host_name == "rbeta").unwrap();
+            if beta.online {
+                break status;
+            } // control says so of its own accord
+            tokio::task::yield_now().await;
+        };
         assert!(a.status(false).await.unwrap().peer.is_empty());
         let (v4, v6) = a.addresses().await.unwrap();
         assert_eq!(v4.map(Into::into), Some(from.ip()));
@@ -293,8 +296,12 @@ async fn datagrams() {
                 } // else one that was late
             }
         }
-        while client.try_recv_from(&mut buf).is_ok() {}
-        assert_eq!(client.try_recv_from(&mut buf).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let e = loop {
+            if let Err(e) = client.try_recv_from(&mut buf) {
+                break e;
+            } // one that was late
+        };
+        assert_eq!(e.kind(), io::ErrorKind::WouldBlock);
         assert_eq!(client.send_to(&vec![0; 65508], to).await.unwrap_err().raw_os_error(), Some(90));
         assert_eq!(client.send(b"x").await.unwrap_err().kind(), io::ErrorKind::NotConnected);
 
@@ -310,9 +317,17 @@ async fn datagrams() {
             }
         }
         a.close().await.unwrap();
-        let e = client.recv_from(&mut buf).await.unwrap_err();
+        let e = loop {
+            if let Err(e) = client.recv_from(&mut buf).await {
+                break e;
+            }
+        };
         assert_eq!(kind(&e), Some(ErrorKind::Closed));
-        let e = conn.recv(&mut buf).await.unwrap_err();
+        let e = loop {
+            if let Err(e) = conn.recv(&mut buf).await {
+                break e;
+            }
+        };
         assert_eq!(e.get_ref().is_some(), kind(&e).is_some(), "{e}");
         b.close().await.unwrap();
     })
@@ -365,7 +380,7 @@ async fn concurrent_accepts() {
                 assert_eq!(s.read(&mut [0; 1]).await.unwrap(), 0);
             });
         }
-        // Not more are dialled at a time than a listener of the stack lets wait (256): a SYN beyond may end in a reset.
+        // Not more are dialled at a time than a listener of the stack lets wait: a SYN beyond may end in a reset.
         let dialling = Arc::new(tokio::sync::Semaphore::new(128));
         for i in 0..COUNT as u32 {
             let (a, dialling) = (a.clone(), dialling.clone());
@@ -449,7 +464,7 @@ async fn runtime_of_the_core() {
     within(async {
         let a = up("rruntime").await;
         let mut watch = a.watch().await.unwrap();
-        assert_eq!(watch.next().await.unwrap(), Some(Event::State(State::Running, String::new())));
+        assert!(matches!(watch.next().await.unwrap(), Some(Event::State(State::Running, _)))); // on a slow machine, not without warnings
         let s = runtime::stats(&a).await.unwrap();
         assert!(s.heap_live > 0 && s.total > s.heap_live && s.threads > 0 && s.goroutines > 0 && s.nodes > 0);
         assert_eq!(s.crossings, if isolated() { 0 } else { 1 });
