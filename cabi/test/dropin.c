@@ -23,10 +23,6 @@ static char states[] = "/tmp/tailnode-dropin-XXXXXX"; // of all nodes of this ru
 static tailscale server(const char *hostname) {
 	tailscale sd = tailscale_new();
 	CHECK(sd > 0);
-	static int made;
-	if (!made)
-		CHECK(mkdtemp(states));
-	made = 1;
 	char dir[sizeof states + 8];
 	snprintf(dir, sizeof dir, "%s/XXXXXX", states);
 	CHECK(mkdtemp(dir));
@@ -164,6 +160,7 @@ static void daemon_first(void) {
 
 int main(void) {
 	alarm(120);
+	CHECK(mkdtemp(states));
 	daemon_first();
 	char b[200], small[5];
 	int c, u;
