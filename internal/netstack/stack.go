@@ -263,8 +263,8 @@ func (s *Stack) SendRaw(pkt []byte) bool {
 
 // Close ends every connection (its peer gets a reset), listener and socket at once, and waits for the stack's own
 // goroutines. It does not wait for fallback handlers that the caller supplied: their connections fail, and so they
-// return. Output is not used after Close has returned, but by a call of an Inbox that was under way. Close may be called more than once and from any goroutine but
-// the ones that run Output or hold an Inbox in the middle of a call.
+// return. Output is not used after Close has returned, but by a call of an Inbox that was under way. Close may be called
+// more than once and from any goroutine but the ones that run Output or hold an Inbox in the middle of a call.
 func (s *Stack) Close() {
 	s.mu.Lock()
 	if s.closed {
