@@ -219,8 +219,6 @@ int main(void) {
 		;
 	WANT(code, TAILNODE_CLOSED);
 	close(w);
-	int before = logged;
-	CHECK(logged == before); // no callback after close
 	printf("calls: ok\n");
 	return 0;
 }
