@@ -13,8 +13,8 @@ import (
 const (
 	relayPort = 40404
 	// relayWithin bounds the time to a path by a peer relay: upstream's relay may say at first that it is not ready, and is asked
-	// again by our node after 2.5 s, by upstream's after 3 s, and then after 30 s.
-	relayWithin = 60 * time.Second
+	// again by our node after 2.5 s, by upstream's after 3 s, and then every 30 s, which it gives each attempt, too.
+	relayWithin = 3 * time.Minute
 	relaySize   = 8 << 20
 )
 
