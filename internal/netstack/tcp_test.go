@@ -550,6 +550,9 @@ func TestCloseMany(t *testing.T) {
 			t.Fatalf("reader: %v", err)
 		}
 	}
+	if took > time.Minute { // 30 to 150 ms are usual; the bound is for a busy machine and the race detector
+		t.Errorf("Close took %v", took)
+	}
 	if e, k := len(p.b.gv.RegisteredEndpoints()), len(p.b.gv.CleanupEndpoints()); e+k != 0 {
 		t.Errorf("%d endpoints registered, %d being cleaned up", e, k)
 	}

@@ -129,8 +129,11 @@ func ourPath(n *node.Node, ip netip.Addr) path.PathInfo {
 	return n.Engine().Live(p.Key).Path
 }
 
+const maxStall = 15 * time.Second
+
 // transfer sends size bytes over c to what is accepted from ln, calling during after each eighth, and compares.
-// It returns the longest time for which nothing arrived, which is told and not judged: it depends on what else the machine does.
+// It returns the longest time for which nothing arrived. How long that is depends on what else the machine does; longer than maxStall it is
+// only where a path that is over was not given up.
 func transfer(t *testing.T, c net.Conn, accepted func() (net.Conn, error), size int, during func(i int)) time.Duration {
 	t.Helper()
 	msg := make([]byte, size)
@@ -263,6 +266,9 @@ func TestDirectWithUpstream(t *testing.T) {
 				}
 			})
 			t.Logf("direct after %v, longest stall %v", seen.direct().Sub(began), gap)
+			if gap > maxStall {
+				t.Errorf("stalled for %v", gap)
+			}
 			if seen.direct().IsZero() {
 				t.Error("we were never direct")
 			}
@@ -327,8 +333,8 @@ func TestDirectWithOurselves(t *testing.T) {
 	})
 	d := time.Since(start)
 	t.Logf("direct after %v, longest stall %v, %.2f Gbit/s", seen.direct().Sub(began), gap, 8*256*float64(1<<20)/d.Seconds()/1e9)
-	if seen.direct().IsZero() {
-		t.Error("never direct")
+	if seen.direct().IsZero() || gap > maxStall {
+		t.Errorf("direct at %v, stalled for %v", seen.direct(), gap)
 	}
 }
 
