@@ -25,16 +25,11 @@ var race bool
 // Check fails the test if got is more than budget.txt allows under that name. Under the race detector it only tells.
 func Check(t T, name string, got float64) {
 	t.Helper()
-	items, err := parse(file)
-	if err != nil {
-		t.Errorf("%v", err)
-		return
-	}
-	it, ok := items[name]
+	it, err := find(name)
 	switch {
-	case !ok:
-		t.Errorf("internal/budget/budget.txt has no line %q", name)
-	case got > it.limit && !race:
+	case err != nil:
+		t.Errorf("%v", err)
+	case !it.allows(got):
 		t.Errorf("%s: %.4g, and the budget is %.4g (%s).\n"+
 			"This change costs more than the node may. If it is worth that, put the new number into internal/budget/budget.txt and say why in the commit.",
 			name, got, it.limit, it.what)
@@ -43,10 +38,30 @@ func Check(t T, name string, got float64) {
 	}
 }
 
+// Within reports whether Check would pass. It is for what settles: a test waits for it, and then has Check say what is wrong.
+func Within(name string, got float64) bool {
+	it, err := find(name)
+	return err == nil && it.allows(got)
+}
+
 // item is one line of the file.
 type item struct {
 	limit float64
 	what  string
+}
+
+func (it item) allows(got float64) bool { return got <= it.limit || race }
+
+func find(name string) (item, error) {
+	items, err := parse(file)
+	if err != nil {
+		return item{}, err
+	}
+	it, ok := items[name]
+	if !ok {
+		return item{}, fmt.Errorf("internal/budget/budget.txt has no line %q", name)
+	}
+	return it, nil
 }
 
 // parse reads lines of a name, a limit, and what it is; "#" begins a comment.
