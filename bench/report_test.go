@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -29,13 +30,11 @@ func testReport(t *testing.T) *report {
 	}}
 	rep.measureAll(m, &p, []*side{o, u, l}, 0)
 	hang := &measure{"close", "", eachSide, [2]int{1, 1}, [2]time.Duration{time.Millisecond, time.Millisecond}, func(r *round) error {
-		for !func() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.closed }() {
-			time.Sleep(time.Millisecond)
-		}
+		time.Sleep(time.Second) // of the bubble's time, of which it has a millisecond
 		r.add(less("late", "", 0), 1)
 		return nil
 	}}
-	rep.measureAll(hang, &p, []*side{o}, 0)
+	synctest.Test(t, func(*testing.T) { rep.measureAll(hang, &p, []*side{o}, 0) })
 	rep.measureAll(&measure{"delta", "", together, [2]int{1, 1}, secs(60, 60), func(*round) error { panic("oh") }}, &p, []*side{o}, 0)
 	return rep
 }
