@@ -64,10 +64,11 @@ const (
 
 func (l *loopback) serve(s *Server) error {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err == nil {
-		l.serveOn(ln, s)
+	if err != nil {
+		return err
 	}
-	return err
+	l.serveOn(ln, s)
+	return nil
 }
 
 func (l *loopback) serveOn(ln net.Listener, s *Server) {

@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tailnode/tailnode/internal/key"
+	"github.com/tailnode/tailnode/internal/tailcfg"
 )
 
 // TestClosePartsFromAll closes a node with many connections, more than are sent for at a time: each peer's end learns of it.
@@ -56,6 +60,30 @@ func TestClosePartsFromAll(t *testing.T) {
 		}
 	}
 	ln.Close()
+}
+
+// TestAfterPart: while a node that has parted logs out, control may go on, and so may its peers.
+func TestAfterPart(t *testing.T) {
+	a, b := newPair(t)
+	b.listen(80)
+	if err := a.dial(time.Minute, netip.AddrPortFrom(b.a4, 80)); err != nil {
+		t.Fatal(err)
+	}
+	a.Part()
+	a.Part()
+	if _, _, err := b.PingTSMP(within(t, time.Minute), a.a4); err != nil {
+		t.Error(err)
+	}
+	n := a.node()
+	n.Addresses = append(n.Addresses, netip.MustParsePrefix("100.64.9.9/32"))
+	a.tell(&tailcfg.MapResponse{Node: n})
+	a.tell(&tailcfg.MapResponse{PeersRemoved: []tailcfg.NodeID{tailcfg.NodeID(b.id)}})
+	if err := a.SetNodeKey(key.NewNode()); err != nil {
+		t.Error(err)
+	}
+	if err := a.dial(time.Minute, netip.AddrPortFrom(b.a4, 80)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a connection after Part: %v", err)
+	}
 }
 
 func TestPackets(t *testing.T) {
